@@ -1,0 +1,47 @@
+"""Loads the compiled library, if it was built, and tells it which CPU tier to run."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+
+from . import _schema  # noqa: F401  (the schemas must exist before the library registers implementations)
+
+TIERS = ("default", "avx2", "avx512", "amx")
+
+
+def _build_info() -> dict[str, Any]:
+    try:
+        return dict(importlib.import_module("seqrec_fast._build_info").BUILD_INFO)
+    except ModuleNotFoundError:
+        return {"native": False, "reason": "the package was not built (run `pip install .`)", "tiers": [], "cuda": None}
+
+
+def _wanted_tier() -> int:
+    """What torch itself would use here, so that ATEN_CPU_CAPABILITY steers both."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    tier = {"AVX2": 1, "AVX512": 2}.get(capability, 0)
+    # _init_amx asks the operating system for permission to use the tile registers.
+    if tier == 2 and torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx():
+        tier = 3
+    return tier
+
+
+def _load() -> tuple[str | None, str | None]:
+    """(reason why the library is not there or None, CPU tier or None)."""
+    if not BUILD_INFO["native"]:
+        return str(BUILD_INFO["reason"]), None
+    try:
+        importlib.import_module("seqrec_fast._C")
+    except ImportError as error:
+        return f"the compiled library does not load here: {error}", None
+    operators = torch.ops.seqrec_fast_native
+    tier = min(_wanted_tier(), operators.highest_cpu_tier.default())
+    operators.set_cpu_tier.default(tier)
+    return None, TIERS[tier]
+
+
+BUILD_INFO = _build_info()
+MISSING, CPU_TIER = _load()

@@ -1,0 +1,136 @@
+"""Wires one raw operator to the dispatcher: fake, reference and Triton implementations, gradient, and the choice at run time.
+
+How a call travels::
+
+    public function ──► Operator.__call__ ─┬─ compiling ────────────► seqrec_fast::X  (recorded in the graph)
+                                           ├─ no gradient wanted ───► run ──► seqrec_fast_<backend>::X
+                                           └─ otherwise ────────────► Function.apply ──► forward ──► run
+
+    seqrec_fast::X  ──► Autograd: Function.apply ──► below autograd ──► CompositeExplicitAutograd: run
+
+Calling the backend's operator directly in eager mode halves the overhead of a call, which is what a single recurrent step costs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+
+from . import _dispatch
+from ._dispatch import Spec, Supports
+from ._schema import LIBRARIES, PUBLIC, SCHEMAS
+
+Implementation = Callable[..., Any]
+
+
+class Operator:
+    """One operator of ``_schema.SCHEMAS``.
+
+    Args:
+        name: its name in the schema table.
+        reference: the plain PyTorch implementation.
+        fake: shapes and dtypes of the results, for tracing.
+        describe: the :class:`Spec` of a call, from the raw arguments.
+        native: ``supports`` of the C++ implementation, or None where there is none.
+        triton: name of the module in ``seqrec_fast.backends.triton`` that defines ``supports`` and the implementation, a function
+            called ``name``. It is imported when first asked for, so that importing the package does not import Triton.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        reference: Implementation,
+        fake: Implementation,
+        describe: Callable[..., Spec],
+        native: Supports | None = None,
+        triton: str | None = None,
+    ) -> None:
+        if name not in SCHEMAS:
+            raise KeyError(f"{name} has no schema in seqrec_fast/_schema.py")
+        self.name = name
+        self.describe = describe
+        self.function: Any = None
+        self.public = getattr(torch.ops.seqrec_fast, name).default
+        self._backends = {
+            "native": getattr(torch.ops.seqrec_fast_native, name).default,
+            "triton": getattr(torch.ops.seqrec_fast_triton, name).default,
+            "reference": getattr(torch.ops.seqrec_fast_reference, name).default,
+        }
+        table: dict[str, Supports] = {"reference": _dispatch.always}
+        self._register("seqrec_fast_reference", reference)
+        if native is not None:
+            table["native"] = native
+        if triton is not None:
+            table["triton"] = _lazy_supports(triton)
+            self._register("seqrec_fast_triton", _lazy_implementation(triton, name))
+        _dispatch.SUPPORTS[name] = table
+        self._register(PUBLIC, self.run)
+        for library in LIBRARIES.values():
+            torch.library.register_fake(f"{library.ns}::{name}", fake, lib=library)
+
+    def _register(self, namespace: str, implementation: Implementation) -> None:
+        LIBRARIES[namespace].impl(self.name, implementation, "CompositeExplicitAutograd")
+
+    def register_function(self, function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+        """Make ``function`` the gradient of this operator. Usable as a class decorator.
+
+        ``function.forward`` must return ``self.below_autograd(*args)``.
+        """
+        self.function = function
+        LIBRARIES[PUBLIC].impl(self.name, function.apply, "Autograd")
+        return function
+
+    def run(self, *args: Any, forced: str | None = None) -> Any:
+        """Choose a backend and call it. ``forced``: the backend in force in the forward this is the backward of."""
+        spec = self.describe(*args)
+        backend = _dispatch.choose(spec) if forced is None else _dispatch.choose_forced(spec, forced)
+        return self._backends[backend](*args)
+
+    def below_autograd(self, *args: Any, forced: str | None = None) -> Any:
+        """The forward of this operator's Function: records the public operator while a graph is traced, else runs a backend."""
+        if torch._C._len_torch_dispatch_stack():
+            with torch._C._AutoDispatchBelowAutograd():
+                return self.public(*args)
+        return self.run(*args, forced=forced)
+
+    def __call__(self, *args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self.public(*args)
+        if transforms_active() or (torch.is_grad_enabled() and _any_requires_grad(args)):
+            return self.function.apply(*args)
+        return self.run(*args)
+
+
+def transforms_active() -> bool:
+    """Whether a functorch transform or a forward-mode level is active."""
+    return bool(torch._C._are_functorch_transforms_active()) or forward_ad._current_level >= 0
+
+
+def _any_requires_grad(args: tuple[Any, ...]) -> bool:
+    for argument in args:  # a loop: any() over a generator costs twice as much, once per recurrent step
+        if isinstance(argument, torch.Tensor) and argument.requires_grad:
+            return True
+    return False
+
+
+def _lazy_supports(module: str) -> Supports:
+    def supports(spec: Spec) -> str | None:
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed (pip install 'seqrec_fast[triton]')"
+        answer: str | None = importlib.import_module(f"seqrec_fast.backends.triton.{module}").supports(spec)
+        return answer
+
+    return supports
+
+
+def _lazy_implementation(module: str, name: str) -> Implementation:
+    def implementation(*args: Any) -> Any:
+        return getattr(importlib.import_module(f"seqrec_fast.backends.triton.{module}"), name)(*args)
+
+    return implementation

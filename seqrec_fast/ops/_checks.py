@@ -1,0 +1,47 @@
+"""Argument checks shared by the public functions: one clear sentence naming the argument, what it got and what it expects."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def describe(value: object) -> str:
+    """How a value is named in an error message."""
+    if isinstance(value, Tensor):
+        return f"shape {tuple(value.shape)}"
+    return f"{type(value).__name__} {value!r}"
+
+
+def check_floating(operator: str, **tensors: Tensor | None) -> None:
+    """All given tensors are tensors, of one floating dtype and on one device.
+
+    Raises:
+        TypeError: something else than a tensor, an integer tensor, or two different dtypes.
+        ValueError: two different devices.
+    """
+    first: tuple[str, Tensor] | None = None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{operator}: {name} must be a tensor, got {type(tensor).__name__}")
+        if first is None:
+            if tensor.dtype not in FLOATS:
+                raise TypeError(f"{operator}: {name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
+            first = (name, tensor)
+            continue
+        if tensor.dtype != first[1].dtype:
+            raise TypeError(f"{operator}: {name} must have the dtype of {first[0]} ({first[1].dtype}), got {tensor.dtype}")
+        if tensor.device != first[1].device:
+            raise ValueError(f"{operator}: {name} must be on the device of {first[0]} ({first[1].device}), got {tensor.device}")
+
+
+def check_shape(operator: str, name: str, tensor: Tensor, expected: Sequence[int], meaning: str) -> None:
+    """``tensor`` has exactly the shape ``expected``; ``meaning`` names it, e.g. ``"[B, H]"``."""
+    if tuple(tensor.shape) != tuple(expected):
+        raise ValueError(f"{operator}: {name} must have shape {meaning} = {tuple(expected)}, got {tuple(tensor.shape)}")

@@ -1,0 +1,245 @@
+"""``lstm_step``: one LSTM step for a batch of live users. The worked example of how an operator is built; see CONTRIBUTING."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _dispatch, _native
+from .._dispatch import Spec
+from .._operator import Operator, transforms_active
+from .._precision import current_precision
+from ..backends.reference import lstm_step as reference
+from ._checks import FLOATS, check_floating, check_shape
+
+State = tuple[Tensor, Tensor]
+
+
+def lstm_step(
+    x: Tensor,
+    state: State,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    *,
+    inplace: bool = False,
+) -> State:
+    """One step of an LSTM: gates, cell and hidden state in one fused kernel.
+
+    z = x·W_ihᵀ + b_ih + h·W_hhᵀ + b_hh;  c' = σ(z_f)·c + σ(z_i)·tanh(z_g);  h' = σ(z_o)·tanh(c'), with the gates in torch's order
+    i, f, g, o (Hochreiter & Schmidhuber 1997; Gers et al. 2000; as torch.nn.LSTMCell).
+
+    Args:
+        x: input [B, I] or unbatched [I]; float16, bfloat16, float32 or float64. Every other tensor shares its dtype and device.
+        state: (h [B, P], c [B, H]); unbatched [P], [H]. P = H unless the hidden state is projected outside.
+        w_ih: [4H, I].
+        w_hh: [4H, P].
+        b_ih, b_hh: [4H] or None.
+        inplace: overwrite h and c and return them: the serving form. No gradient, and P must equal H.
+
+    Returns:
+        (h' [B, H], c' [B, H]).
+
+    Raises:
+        TypeError: something is not a floating tensor, or dtypes differ.
+        ValueError: a shape or device does not fit, or ``inplace`` where a gradient is asked for.
+        BackendUnavailable: the backend in force by ``use_backend`` cannot run the call.
+
+    16-bit inputs are accumulated in fp32. float32 products follow torch's ``float32_matmul_precision``. Differentiable twice,
+    forward-mode and vmap included. Cost: 8·B·H·(I + P) FLOPs; at small B the bytes of the weights decide.
+
+    Example:
+        >>> import torch, seqrec_fast as sf
+        >>> w_ih, w_hh = torch.randn(4 * 16, 8), torch.randn(4 * 16, 16)
+        >>> h, c = sf.lstm_step(torch.randn(3, 8), (torch.zeros(3, 16), torch.zeros(3, 16)), w_ih, w_hh)
+        >>> h.shape
+        torch.Size([3, 16])
+    """
+    h, c = state
+    _check(x, h, c, w_ih, w_hh, b_ih, b_hh)
+    if x.dim() == 1:
+        if inplace:
+            _step_inplace(x[None], h[None], c[None], w_ih, w_hh, b_ih, b_hh)
+            return h, c
+        h_next, c_next = lstm_step(x[None], (h[None], c[None]), w_ih, w_hh, b_ih, b_hh)
+        return h_next[0], c_next[0]
+    if inplace:
+        _step_inplace(x, h, c, w_ih, w_hh, b_ih, b_hh)
+        return h, c
+    if not torch.compiler.is_compiling() and transforms_active():
+        # functorch and forward-mode AD differentiate the plain formula: it composes with every transform.
+        return reference.plain_forward(x, h, c, w_ih, w_hh, b_ih, b_hh)
+    save = torch.is_grad_enabled() and _wants_gradient(x, h, c, w_ih, w_hh, b_ih, b_hh)
+    h_next, c_next, _ = LSTM_STEP(x, h, c, w_ih, w_hh, b_ih, b_hh, save, current_precision())
+    return h_next, c_next
+
+
+def _wants_gradient(*tensors: Tensor | None) -> bool:
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _step_inplace(
+    x: Tensor, h: Tensor, c: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None
+) -> None:
+    if h.shape[-1] != c.shape[-1]:
+        raise ValueError(f"lstm_step: inplace needs h and c of one width, got {h.shape[-1]} and {c.shape[-1]}")
+    if torch.is_grad_enabled() and _wants_gradient(x, h, c, w_ih, w_hh, b_ih, b_hh):
+        raise ValueError("lstm_step: inplace=True has no gradient; use torch.no_grad() or inplace=False")
+    LSTM_STEP_INPLACE(x, h, c, w_ih, w_hh, b_ih, b_hh, current_precision())
+
+
+def _check(
+    x: Tensor, h: Tensor, c: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None
+) -> None:
+    dtype, device = getattr(x, "dtype", None), getattr(x, "device", None)
+    for tensor in (h, c, w_ih, w_hh, b_ih, b_hh):
+        if tensor is not None and (type(tensor) is int or tensor.dtype != dtype or tensor.device != device):
+            break
+    else:
+        if dtype in FLOATS and x.dim() in (1, 2) and h.dim() == x.dim() and w_ih.dim() == 2 and w_hh.dim() == 2:
+            lead, hidden = x.shape[:-1], c.shape[-1]
+            if (
+                h.shape[:-1] == lead
+                and c.shape[:-1] == lead
+                and w_ih.shape == (4 * hidden, x.shape[-1])
+                and w_hh.shape == (4 * hidden, h.shape[-1])
+                and (b_ih is None or b_ih.shape == (4 * hidden,))
+                and (b_hh is None or b_hh.shape == (4 * hidden,))
+            ):
+                return
+    _explain_mismatch(x, h, c, w_ih, w_hh, b_ih, b_hh)
+
+
+def _explain_mismatch(
+    x: Tensor, h: Tensor, c: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None
+) -> None:
+    """The slow half of the check: something is wrong; say what."""
+    check_floating("lstm_step", x=x, h=h, c=c, w_ih=w_ih, w_hh=w_hh, b_ih=b_ih, b_hh=b_hh)
+    if x.dim() not in (1, 2):
+        raise ValueError(f"lstm_step: x must have shape [B, I] or [I], got {tuple(x.shape)}")
+    if w_ih.dim() != 2 or w_ih.shape[0] % 4:
+        raise ValueError(f"lstm_step: w_ih must have shape [4H, I], got {tuple(w_ih.shape)}")
+    if w_hh.dim() != 2:
+        raise ValueError(f"lstm_step: w_hh must have shape [4H, P], got {tuple(w_hh.shape)}")
+    lead, four, hidden = tuple(x.shape[:-1]), w_ih.shape[0], w_ih.shape[0] // 4
+    check_shape("lstm_step", "w_ih", w_ih, (four, x.shape[-1]), "[4H, I]")
+    check_shape("lstm_step", "c", c, (*lead, hidden), "[B, H]")
+    check_shape("lstm_step", "w_hh", w_hh, (four, w_hh.shape[1]), "[4H, P]")
+    check_shape("lstm_step", "h", h, (*lead, w_hh.shape[1]), "[B, P]")
+    for name, bias in (("b_ih", b_ih), ("b_hh", b_hh)):
+        if bias is not None:
+            check_shape("lstm_step", name, bias, (four,), "[4H]")
+
+
+# Wiring
+
+
+def _describe(x: Tensor, h: Tensor, c: Tensor, w_ih: Tensor, *rest: Any) -> Spec:
+    return Spec("lstm_step", x.device.type, x.dtype, (x.shape[-1], c.shape[-1]))
+
+
+def _describe_backward(grad_h: Tensor, grad_c: Tensor, x: Tensor, h: Tensor, c: Tensor, *rest: Any) -> Spec:
+    return Spec("lstm_step_backward", x.device.type, x.dtype, (x.shape[-1], c.shape[-1]))
+
+
+def _native_supports(spec: Spec) -> str | None:
+    if spec.device == "cpu":
+        return None
+    if spec.device == "cuda":
+        if not _native.BUILD_INFO["cuda"]:
+            return "the compiled library has no CUDA code (no CUDA toolkit was found when it was built)"
+        return None if spec.dtype != torch.float64 else "the CUDA kernel has no float64 form"
+    return f"there is no native code for device type {spec.device!r}"
+
+
+def _fake(
+    x: Tensor,
+    h: Tensor,
+    c: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    save_gates: bool,
+    precision: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    saved = x.new_empty((x.shape[0], w_ih.shape[0])) if save_gates else x.new_empty(0)
+    return x.new_empty(c.shape), x.new_empty(c.shape), saved
+
+
+def _fake_backward(
+    grad_h: Tensor,
+    grad_c: Tensor,
+    x: Tensor,
+    h: Tensor,
+    c: Tensor,
+    c_next: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    activated: Tensor,
+    output_mask: reference.Mask,
+    precision: int,
+) -> tuple[Tensor, ...]:
+    shapes = (x.shape, h.shape, c.shape, w_ih.shape, w_hh.shape, w_ih.shape[:1])
+    return tuple(x.new_empty(shape if wanted else (0,)) for shape, wanted in zip(shapes, output_mask, strict=True))
+
+
+LSTM_STEP = Operator(
+    "lstm_step", reference=reference.forward, fake=_fake, describe=_describe, native=_native_supports, triton="lstm_step"
+)
+LSTM_STEP_INPLACE = Operator(
+    "lstm_step_",
+    reference=reference.forward_,
+    fake=lambda *args: None,
+    describe=lambda *args: _describe(*args)._replace(operator="lstm_step_"),
+    native=_native_supports,
+)
+LSTM_STEP_BACKWARD = Operator(
+    "lstm_step_backward",
+    reference=reference.backward,
+    fake=_fake_backward,
+    describe=_describe_backward,
+    native=_native_supports,
+    triton="lstm_step",
+)
+
+
+@LSTM_STEP.register_function
+class LSTMStepFunction(torch.autograd.Function):
+    """The gradient of ``lstm_step``. The gates are saved; a double backward recomputes them from the inputs."""
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        result: tuple[Tensor, Tensor, Tensor] = LSTM_STEP.below_autograd(*args)
+        return result
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        x, h, c, w_ih, w_hh, b_ih, b_hh, save_gates, precision = inputs
+        _, c_next, gates = output
+        ctx.mark_non_differentiable(gates)
+        ctx.set_materialize_grads(True)
+        ctx.save_for_backward(x, h, c, w_ih, w_hh, b_ih, b_hh, c_next, gates)
+        ctx.precision = precision
+        ctx.saved_gates = save_gates
+        ctx.forced = _dispatch.forced_backend()
+
+    @staticmethod
+    def backward(ctx: Any, grad_h: Tensor, grad_c: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        x, h, c, w_ih, w_hh, b_ih, b_hh, c_next, gates = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        mask = (*needs[:5], needs[5] or needs[6])
+        if torch.is_grad_enabled() or not ctx.saved_gates:
+            # Somebody differentiates this backward: evaluate the formula on tensors that are connected to the graph.
+            gates = reference.gates(x, h, w_ih, w_hh, b_ih, b_hh)
+            _, c_next = reference.cell(gates, c)
+            results = reference.backward(grad_h, grad_c, x, h, c, c_next, w_ih, w_hh, gates, mask, ctx.precision)
+        else:
+            results = LSTM_STEP_BACKWARD.below_autograd(
+                grad_h, grad_c, x, h, c, c_next, w_ih, w_hh, gates, mask, ctx.precision, forced=ctx.forced
+            )
+        dx, dh, dc, dw_ih, dw_hh, db = (result if wanted else None for result, wanted in zip(results, mask, strict=True))
+        return dx, dh, dc, dw_ih, dw_hh, db if needs[5] else None, db if needs[6] else None, None, None

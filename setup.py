@@ -29,12 +29,12 @@ DEBUG = os.environ.get("SEQREC_FAST_DEBUG", "0") == "1"
 
 # LibTorch's stable ABI of this version: the binary runs on it and on every later one.
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
-OPTIMISE = ["-O1", "-g"] if DEBUG else ["-O3", "-DNDEBUG"]
+OPTIMISE = ["-O1", "-g"] if DEBUG else ["-O3", "-g0", "-DNDEBUG"]
 # -ffp-contract=off: the order and rounding of a score are part of its meaning (ids of a ranking are the same on every
 # machine), so a fused multiply-add is written where it is wanted. -fno-math-errno only drops the setting of errno.
 CXX_FLAGS = [
     *OPTIMISE, "-std=c++20", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno",
-    "-Wall", "-Wextra", "-Wno-psabi", "-Wno-unknown-pragmas",
+    "-Wall", "-Wextra", "-Wno-psabi", "-Wno-unknown-pragmas", "-Wno-unused-parameter",
 ]  # fmt: skip
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"]
 TIERS: dict[str, list[str]] = {
@@ -103,7 +103,11 @@ def native_extension() -> dict[str, object]:
         raise SystemExit("SEQREC_FAST_BUILD=cuda: no CUDA toolkit was found (nvcc on PATH, or CUDA_HOME)")
 
     include = [str(ROOT / "csrc")]
-    sources = ["csrc/module.cpp", "csrc/common/cpu_tier.cpp", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("*/cpu.cpp"))]
+    sources = [
+        "csrc/module.cpp",
+        "csrc/common/cpu_tier.cpp",
+        *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("*/cpu.cpp")),
+    ]
     flags = {"cxx": [*CXX_FLAGS, *STABLE_ABI]}
     link: dict[str, object] = {}
     if toolkit is not None:
@@ -146,7 +150,13 @@ def native_extension() -> dict[str, object]:
 
 def compile_tiers(jobs: list[tuple[Path, str]], folder: Path) -> list[str]:
     """Ninja builds the tier objects: in parallel, and only those whose sources or headers changed."""
-    lines = ["rule cxx", "  command = $cxx $flags -MMD -MF $out.d -c $in -o $out", "  depfile = $out.d", "  deps = gcc", ""]
+    lines = [
+        "rule cxx",
+        "  command = $cxx $flags -MMD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "",
+    ]
     objects = []
     for family, tier in jobs:
         output = (folder / f"{family.parent.name}_{tier}.o").resolve()

@@ -44,7 +44,7 @@ def forced_backend() -> str:
     return _forced
 
 
-class use_backend:  # noqa: N801  (reads as a function: `with use_backend("reference"):`)
+class use_backend:
     """Force one backend: ``"auto"``, ``"native"``, ``"triton"`` or ``"reference"``.
 
     Takes effect at once; as a context manager it restores the former choice at the end of the block, and otherwise when the
@@ -98,8 +98,11 @@ def reasons(spec: Spec) -> dict[str, str | None]:
 def _ask(supports: Supports | None, backend: str, spec: Spec) -> str | None:
     if supports is None:
         return f"{spec.operator} has no {backend} implementation"
-    if backend == "native" and _native.MISSING is not None:
-        return _native.MISSING
+    if backend == "native":
+        if _native.MISSING is not None:
+            return _native.MISSING
+        if not _native.has_kernel(spec.operator, spec.device):
+            return f"the compiled library has no {spec.device} kernel of {spec.operator}"
     return supports(spec)
 
 

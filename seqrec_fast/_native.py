@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from . import _schema  # noqa: F401  (the schemas must exist before the library registers implementations)
+from . import _schema  # the schemas must exist before the library registers implementations
 
 TIERS = ("default", "avx2", "avx512", "amx")
 
@@ -45,3 +45,10 @@ def _load() -> tuple[str | None, str | None]:
 
 BUILD_INFO = _build_info()
 MISSING, CPU_TIER = _load()
+
+
+def has_kernel(operator: str, device: str) -> bool:
+    """Whether the library that was built holds ``operator`` for a device type."""
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device)
+    name = f"{_schema.PUBLIC}_native::{operator}"
+    return key is not None and bool(torch._C._dispatch_has_kernel_for_dispatch_key(name, key))

@@ -75,7 +75,7 @@ class Operator:
             torch.library.register_fake(f"{library.ns}::{name}", fake, lib=library)
 
     def _register(self, namespace: str, implementation: Implementation) -> None:
-        LIBRARIES[namespace].impl(self.name, implementation, "CompositeExplicitAutograd")
+        LIBRARIES[namespace].impl(self.name, implementation, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 
     def register_function(self, function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
         """Make ``function`` the gradient of this operator. Usable as a class decorator.
@@ -83,7 +83,7 @@ class Operator:
         ``function.forward`` must return ``self.below_autograd(*args)``.
         """
         self.function = function
-        LIBRARIES[PUBLIC].impl(self.name, function.apply, "Autograd")
+        LIBRARIES[PUBLIC].impl(self.name, function.apply, "Autograd")  # type: ignore[no-untyped-call]
         return function
 
     def run(self, *args: Any, forced: str | None = None) -> Any:
@@ -113,7 +113,7 @@ def transforms_active() -> bool:
 
 
 def _any_requires_grad(args: tuple[Any, ...]) -> bool:
-    for argument in args:  # a loop: any() over a generator costs twice as much, once per recurrent step
+    for argument in args:  # noqa: SIM110  (any() over a generator costs twice as much, once per recurrent step)
         if isinstance(argument, torch.Tensor) and argument.requires_grad:
             return True
     return False

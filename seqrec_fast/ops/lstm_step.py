@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _dispatch, _native
+from .. import _dispatch
 from .._dispatch import Spec
 from .._operator import Operator, transforms_active
 from .._precision import current_precision
@@ -146,13 +146,9 @@ def _describe_backward(grad_h: Tensor, grad_c: Tensor, x: Tensor, h: Tensor, c: 
 
 
 def _native_supports(spec: Spec) -> str | None:
-    if spec.device == "cpu":
-        return None
-    if spec.device == "cuda":
-        if not _native.BUILD_INFO["cuda"]:
-            return "the compiled library has no CUDA code (no CUDA toolkit was found when it was built)"
-        return None if spec.dtype != torch.float64 else "the CUDA kernel has no float64 form"
-    return f"there is no native code for device type {spec.device!r}"
+    if spec.device == "cuda" and spec.dtype == torch.float64:
+        return "the CUDA kernel has no float64 form"
+    return None
 
 
 def _fake(
@@ -188,7 +184,12 @@ def _fake_backward(
 
 
 LSTM_STEP = Operator(
-    "lstm_step", reference=reference.forward, fake=_fake, describe=_describe, native=_native_supports, triton="lstm_step"
+    "lstm_step",
+    reference=reference.forward,
+    fake=_fake,
+    describe=_describe,
+    native=_native_supports,
+    triton="lstm_step",
 )
 LSTM_STEP_INPLACE = Operator(
     "lstm_step_",
@@ -241,5 +242,7 @@ class LSTMStepFunction(torch.autograd.Function):
             results = LSTM_STEP_BACKWARD.below_autograd(
                 grad_h, grad_c, x, h, c, c_next, w_ih, w_hh, gates, mask, ctx.precision, forced=ctx.forced
             )
-        dx, dh, dc, dw_ih, dw_hh, db = (result if wanted else None for result, wanted in zip(results, mask, strict=True))
+        dx, dh, dc, dw_ih, dw_hh, db = (
+            result if wanted else None for result, wanted in zip(results, mask, strict=True)
+        )
         return dx, dh, dc, dw_ih, dw_hh, db if needs[5] else None, db if needs[6] else None, None, None

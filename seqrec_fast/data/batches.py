@@ -53,10 +53,12 @@ class EvaluationBatch(NamedTuple):
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> EvaluationBatch:
         """The same batch on a device."""
-        moved = [None if tensor is None else tensor.to(device, non_blocking=non_blocking) for tensor in self]
-        ids, lengths, target, exclude, users = moved
-        assert ids is not None and lengths is not None and target is not None and users is not None
-        return EvaluationBatch(ids, lengths, target, exclude, users)
+
+        def moved(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=non_blocking)
+
+        exclude = None if self.exclude is None else moved(self.exclude)
+        return EvaluationBatch(moved(self.ids), moved(self.lengths), moved(self.target), exclude, moved(self.users))
 
 
 class TrainingSequences(Dataset[Batch]):
@@ -122,7 +124,9 @@ class EvaluationSequences(Dataset[EvaluationBatch]):
             counts = self.seen.lengths[index]
             exclude = _padded(self.seen.items[slices_of(self.seen.offsets[index], counts)], counts, NO_ITEM)
         target = torch.from_numpy(self.rows.target[index])
-        return EvaluationBatch(ids, torch.from_numpy(lengths), target, exclude, torch.from_numpy(self.rows.users[index]))
+        return EvaluationBatch(
+            ids, torch.from_numpy(lengths), target, exclude, torch.from_numpy(self.rows.users[index])
+        )
 
 
 class BucketSampler(Sampler[list[int]]):

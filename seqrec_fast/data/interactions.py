@@ -72,7 +72,9 @@ class Histories:
     def select(self, rows: ArrayLike) -> Histories:
         """The given rows, in the given order, as new histories. Time and memory O(items selected)."""
         index = np.asarray(rows, dtype=np.int64)
-        return Histories(self.items[slices_of(self.offsets[index], self.lengths[index])], offsets_of(self.lengths[index]))
+        return Histories(
+            self.items[slices_of(self.offsets[index], self.lengths[index])], offsets_of(self.lengths[index])
+        )
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -118,7 +120,9 @@ class Interactions:
 
     def __post_init__(self) -> None:
         if len(self.user_ids) != len(self.histories):
-            raise ValueError(f"user_ids must have one id per history, got {len(self.user_ids)} for {len(self.histories)}")
+            raise ValueError(
+                f"user_ids must have one id per history, got {len(self.user_ids)} for {len(self.histories)}"
+            )
         items = self.histories.items
         if len(items) and (items.min() < 0 or items.max() >= len(self.item_ids)):
             raise ValueError(
@@ -130,7 +134,13 @@ class Interactions:
 
     @classmethod
     def from_arrays(
-        cls, users: ArrayLike, items: ArrayLike, times: ArrayLike | None = None, *, source: str = "arrays", sha256: str = ""
+        cls,
+        users: ArrayLike,
+        items: ArrayLike,
+        times: ArrayLike | None = None,
+        *,
+        source: str = "arrays",
+        sha256: str = "",
     ) -> Interactions:
         """Group one interaction per entry into histories, stably ordered by (user, time, position).
 
@@ -228,7 +238,8 @@ def slices_of(starts: Int64Array, lengths: Int64Array) -> Int64Array:
     """The indices start, start + 1, …, start + length − 1 of every row, one after the other: int64 ``[lengths.sum()]``."""
     ends = np.cumsum(lengths)
     within = np.arange(ends[-1] if len(ends) else 0, dtype=np.int64) - np.repeat(ends - lengths, lengths)
-    return np.repeat(starts, lengths) + within
+    within += np.repeat(starts, lengths)
+    return within
 
 
 def number_ids(values: ArrayLike, name: str) -> tuple[Int64Array, NDArray[Any]]:
@@ -311,7 +322,8 @@ def _decode(numbers: ArrayLike, ids: NDArray[Any], what: str) -> NDArray[Any]:
     outside = (index < 0) | (index >= len(ids))
     if outside.any():
         raise IndexError(f"{what} number {index[outside][0]} is out of range 0…{len(ids) - 1}")
-    return ids[index]
+    decoded: NDArray[Any] = ids[index]
+    return decoded
 
 
 def _encode(ids: Iterable[Any], numbers: dict[Any, int], what: str) -> Int64Array:

@@ -2,9 +2,32 @@
 
 from __future__ import annotations
 
-from ._dispatch import BackendUnavailable, use_backend
-from .ops.lstm_step import lstm_step
+import importlib
+from typing import Any
 
 __version__ = "0.1.0"
 
-__all__ = ["BackendUnavailable", "lstm_step", "use_backend"]
+from ._dispatch import BackendUnavailable, use_backend
+from .ops.lstm_step import lstm_step
+
+_LAZY = {
+    "explain": "_explain", "clear_cache": "_cache", "use_table": "_cache", "workspace_bytes": "_workspace",
+    "CatalogueIndex": "index", "LSTM": "nn", "GRU": "nn", "LSTMCell": "nn", "GRUCell": "nn", "CatalogueAttention": "nn",
+    "CatalogueCrossEntropyLoss": "nn", "catalogue_attention": "ops.catalogue_attention",
+    "catalogue_cross_entropy": "ops.catalogue_cross_entropy", "catalogue_rank": "ops.catalogue_rank",
+    "catalogue_topk": "ops.catalogue_topk", "gru": "ops.gru", "gru_step": "ops.gru_step", "lstm": "ops.lstm",
+    "lstm_embedding": "ops.lstm_embedding",
+}  # fmt: skip
+_SUBPACKAGES = ("data", "models", "nn", "testing", "training")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _SUBPACKAGES:
+        return importlib.import_module(f"seqrec_fast.{name}")
+    if name in _LAZY:
+        return getattr(importlib.import_module(f"seqrec_fast.{_LAZY[name]}"), name)
+    raise AttributeError(f"module 'seqrec_fast' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY, *_SUBPACKAGES})

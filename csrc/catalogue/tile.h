@@ -1,0 +1,112 @@
+// The score tile: items × rows of the catalogue scan, in fp32.
+//
+// Lanes are rows of the batch, so a reducer never works across lanes, and an item's weights are broadcast straight from the
+// row-major catalogue: nothing of it is packed. A tile is kTile items × Vectors registers of rows, held in registers while
+// k runs over the width; the packed queries of its rows stay in L1, the items pass by once per group of rows.
+#pragma once
+
+#include "catalogue/call.h"
+#include "common/vector.h"
+#include "common/vector_half.h"
+
+#define SEQREC_METHOD inline __attribute__((always_inline))
+
+namespace seqrec_fast::SEQREC_TIER {
+
+// kTile · kWide accumulators, kWide query registers and one broadcast: 27 of 32 registers, or 15 of 16. Twelve independent
+// products per broadcast pair hide the latency of a fused multiply-add (4 cycles, 2 a cycle). Measured on one Sapphire
+// Rapids core at d = 64, with the counting epilogue: 12 × 2 reaches 93 % of the FMA peak, 6 × 4 93 %, 14 × 2 88 %, 12 × 1 77 %.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kTile = 12;
+#else
+constexpr int kTile = 6;
+#endif
+constexpr int kWide = 2;
+constexpr int kBlock = kWide * kLanes;  // rows of a full block
+
+// ---- reading ----------------------------------------------------------------------------------------------------------
+
+template <class T>
+SEQREC_INLINE const T* row_of(const MatrixView& matrix, int64_t row) {
+  return static_cast<const T*>(matrix.data) + row * matrix.row_stride;
+}
+
+template <class T>
+SEQREC_INLINE auto at(const VectorView& vector, int64_t i) {
+  return value(static_cast<const T*>(vector.data)[i * vector.stride]);
+}
+
+template <class T>
+SEQREC_INLINE double scale_of(const RankCall& call, int64_t row) {
+  return call.row_scale.data ? static_cast<double>(at<T>(call.row_scale, row)) : call.scale;
+}
+
+// One row as contiguous fp32.
+template <class T>
+SEQREC_INLINE void read_row(const T* from, int64_t stride, int64_t width, float* to) {
+  int64_t k = 0;
+  if (stride == 1)
+    for (; k + kLanes <= width; k += kLanes) store(to + k, load(from + k));
+  for (; k < width; ++k) to[k] = static_cast<float>(value(from[k * stride]));
+}
+
+// Σ x², each rounding relative; underflow is the caller's to bound.
+SEQREC_INLINE float sum_of_squares(const float* x, int64_t width) {
+  F32 even{}, odd{};
+  int64_t k = 0;
+  for (; k + 2 * kLanes <= width; k += 2 * kLanes) {
+    const F32 a = load(x + k), b = load(x + k + kLanes);
+    even = fma(a, a, even);
+    odd = fma(b, b, odd);
+  }
+  for (; k < width; k += kLanes) {
+    const F32 a = load_first(x + k, static_cast<int>(width - k < kLanes ? width - k : kLanes));
+    even = fma(a, a, even);
+  }
+  return reduce_add(even + odd);
+}
+
+// ---- packed queries ---------------------------------------------------------------------------------------------------
+
+// Blocks of kBlock rows, each [width][kBlock]; a last block of at most kLanes rows is [width][kLanes]. Unused lanes are zero.
+struct Panel {
+  float* data;
+  int64_t width;
+  int64_t rows;
+};
+
+template <class T>
+SEQREC_INLINE void pack_row(const Panel& panel, int64_t slot, const T* query, int64_t stride, double scale) {
+  const int64_t block = slot / kBlock, lane = slot % kBlock;
+  const int lanes = panel.rows - block * kBlock <= kLanes ? kLanes : kBlock;
+  float* to = panel.data + block * kBlock * panel.width + lane;
+  for (int64_t k = 0; k < panel.width; ++k)
+    to[k * lanes] = static_cast<float>(static_cast<double>(value(query[k * stride])) * scale);
+}
+
+// ---- the tile -----------------------------------------------------------------------------------------------------------
+
+// score[i][u] = start[i] + Σₖ items[i][k] · queries[k][u], k ascending, one rounding a step where the tier has FMA.
+template <int Vectors>
+SEQREC_INLINE void score_tile(const float* queries, int64_t width, const float* items, int64_t stride, const float* start,
+                              F32 (&score)[kTile][Vectors]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kTile; ++i) {
+    const F32 first = broadcast(start[i]);
+#pragma GCC unroll 4
+    for (int u = 0; u < Vectors; ++u) score[i][u] = first;
+  }
+  for (int64_t k = 0; k < width; ++k) {
+    F32 query[Vectors];
+#pragma GCC unroll 4
+    for (int u = 0; u < Vectors; ++u) query[u] = load(queries + (k * Vectors + u) * kLanes);
+#pragma GCC unroll 16
+    for (int i = 0; i < kTile; ++i) {
+      const F32 weight = broadcast(items[i * stride + k]);
+#pragma GCC unroll 4
+      for (int u = 0; u < Vectors; ++u) score[i][u] = fma(query[u], weight, score[i][u]);
+    }
+  }
+}
+
+}  // namespace seqrec_fast::SEQREC_TIER

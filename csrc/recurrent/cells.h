@@ -1,0 +1,49 @@
+// The pointwise part of a cell, on one register of units.
+#pragma once
+
+#include "common/vector_math.h"
+
+namespace seqrec_fast::SEQREC_TIER {
+
+// Gates after their activation, in torch's order.
+template <class V>
+struct LstmGates {
+  V i, f, g, o;
+};
+
+template <class V>
+SEQREC_INLINE LstmGates<V> lstm_activate(V zi, V zf, V zg, V zo) {
+  return {sigmoid(zi), sigmoid(zf), tanh(zg), sigmoid(zo)};
+}
+
+template <class V>
+SEQREC_INLINE V lstm_cell(const LstmGates<V>& a, V c) {
+  return fma(a.f, c, a.i * a.g);
+}
+
+template <class V>
+SEQREC_INLINE V lstm_hidden(const LstmGates<V>& a, V c_next) {
+  return a.o * tanh(c_next);
+}
+
+template <class V>
+struct LstmGateGradients {
+  LstmGates<V> dz;  // with respect to the pre-activations
+  V dc;             // with respect to the former cell state
+};
+
+// σ' = σ(1 - σ), tanh' = 1 - tanh².
+template <class V>
+SEQREC_INLINE LstmGateGradients<V> lstm_cell_backward(const LstmGates<V>& a, V c, V c_next, V grad_h, V grad_c) {
+  const V t = tanh(c_next);
+  const V dc = fma(grad_h * a.o, 1 - t * t, grad_c);
+  return {{
+              dc * a.g * (a.i * (1 - a.i)),
+              dc * c * (a.f * (1 - a.f)),
+              dc * a.i * (1 - a.g * a.g),
+              grad_h * t * (a.o * (1 - a.o)),
+          },
+          dc * a.f};
+}
+
+}  // namespace seqrec_fast::SEQREC_TIER

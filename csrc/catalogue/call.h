@@ -19,7 +19,7 @@ struct VectorView {
   int64_t stride = 0;
 };
 
-// One list of ids per row: ids[begin[r]] … ids[begin[r + 1] - 1], or `width` ids a row where `begin` is null. -1 is padding.
+// One list of ids per row: ids[begin[r]] … ids[begin[r + 1] - 1]; or, where `begin` is null, `width` ids a row with -1 as padding.
 struct IdLists {
   const void* ids = nullptr;  // null: no lists
   bool ids_are_64 = true;
@@ -34,8 +34,8 @@ struct RankCall {
   int64_t num_items = 0;         // I
   MatrixView query;              // [B, d]
   MatrixView items;              // [I, d]
-  double scale = 1.0;            // for every row, unless row_scale is given
-  VectorView row_scale;          // [B]
+  double scale = 1.0;
+  VectorView row_scale;          // [B] times scale
   VectorView bias;               // [I]
   VectorView target;             // [B] int64, in range for every row below
   const int64_t* rows = nullptr;  // [num_rows] the rows of query that are ranked: those not ignored
@@ -59,7 +59,8 @@ struct RankKernels {
   // goal[begin … end).
   void (*target_scores)(const RankCall&, int64_t begin, int64_t end);
   // Writes the excluded ids that rank above the target of rows[index], duplicates included, and returns how many there are.
-  // An id out of range stops it: then *bad is that id, and -1 is returned. `query` holds d floats.
+  // `above` has room for one more than the row's list; `query` for d floats. An id out of range stops it: then *bad is that id,
+  // and -1 is returned.
   int64_t (*excluded_above)(const RankCall&, int64_t index, float* query, int64_t* above, int64_t* bad);
   // Adds, for each of rows[first_row …], how many of the items first_item … rank above the row's target.
   void (*count)(const RankCall&, const RankPlan&, int64_t first_row, int64_t num_rows, int64_t first_item, int64_t num_items,

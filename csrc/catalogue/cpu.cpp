@@ -6,6 +6,7 @@
 #include <mutex>
 #include <new>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include <torch/csrc/stable/library.h>
@@ -75,17 +76,19 @@ Format format_of(const Tensor& tensor) {
 MatrixView matrix(const Tensor& tensor) { return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1)}; }
 VectorView vector(const Tensor& tensor) { return {tensor.const_data_ptr(), tensor.stride(0)}; }
 
-int64_t integer(const Tensor& ids, const void* data, int64_t i) {
-  return ids.scalar_type() == ScalarType::Long ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
+int64_t integer(const void* data, bool is_64, int64_t i) {
+  return is_64 ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
 }
+bool is_64(const Tensor& ids) { return ids.scalar_type() == ScalarType::Long; }
 
 void check_integer(const char* name, const Tensor& ids) {
-  const ScalarType type = ids.scalar_type();
-  check_value(type == ScalarType::Long || type == ScalarType::Int, "catalogue_rank: ", name, " must be int64 or int32");
+  check_value(is_64(ids) || ids.scalar_type() == ScalarType::Int, "catalogue_rank: ", name, " must be int64 or int32");
 }
 
-void bad_excluded(int64_t id, int64_t items) {
-  check_index(false, "catalogue_rank: exclude must hold ids in [0, ", items, ") or -1 for padding, got ", id);
+[[noreturn]] void bad_id(const char* name, int64_t items, bool padded, int64_t id) {
+  const std::string range = items ? message("0…", items - 1) : "an empty catalogue, which has none";
+  throw std::out_of_range(message("catalogue_rank: ", name, " must hold item ids in ", range, padded ? ", or -1 for padding" : "",
+                                  ", got ", id));
 }
 
 // The operator's arguments, checked as far as memory safety needs it (the public function has checked, and says it better).
@@ -118,10 +121,10 @@ struct Arguments {
     check_integer("exclude", *exclude_crow);
     check_value(exclude->dim() == 1 && exclude_crow->dim() == 1 && exclude_crow->size(0) == rows + 1,
                 "catalogue_rank: exclude in CSR form needs B + 1 row pointers");
-    const void* begin = exclude_crow->const_data_ptr();
+    const Tensor crow = torch::stable::contiguous(*exclude_crow);
     int64_t former = 0;
     for (int64_t r = 0; r <= rows; ++r) {
-      const int64_t here = integer(*exclude_crow, begin, r);
+      const int64_t here = integer(crow.const_data_ptr(), is_64(crow), r);
       check_value(here >= former && here <= exclude->size(0), "catalogue_rank: exclude is not a valid CSR matrix");
       former = here;
     }
@@ -137,8 +140,7 @@ std::vector<int64_t> rows_to_rank(const Arguments& a, int64_t ignore_index) {
   for (int64_t r = 0; r < a.query.size(0); ++r) {
     const int64_t id = static_cast<const int64_t*>(target.data)[r * target.stride];
     if (id == ignore_index) continue;
-    check_index(id >= 0 && id < items, "catalogue_rank: target must be in [0, ", items, ") or ignore_index (", ignore_index,
-                "), got ", id, " in row ", r);
+    if (id < 0 || id >= items) bad_id("target", items, false, id);
     rows.push_back(r);
   }
   return rows;
@@ -148,11 +150,10 @@ std::vector<int64_t> rows_to_rank(const Arguments& a, int64_t ignore_index) {
 std::vector<int64_t> shared_ids(const Tensor& exclude, int64_t items) {
   std::vector<int64_t> ids;
   const Tensor list = torch::stable::contiguous(exclude);
-  const void* data = list.const_data_ptr();
   for (int64_t i = 0; i < list.size(0); ++i) {
-    const int64_t id = integer(list, data, i);
+    const int64_t id = integer(list.const_data_ptr(), is_64(list), i);
     if (id == -1) continue;
-    if (id < 0 || id >= items) bad_excluded(id, items);
+    if (id < 0 || id >= items) bad_id("exclude", items, true, id);
     ids.push_back(id);
   }
   std::sort(ids.begin(), ids.end());
@@ -160,23 +161,27 @@ std::vector<int64_t> shared_ids(const Tensor& exclude, int64_t items) {
   return ids;
 }
 
+struct Range {
+  int64_t begin, end;
+};
+Range list_of(const IdLists& lists, int64_t row) {
+  if (!lists.begin) return {row * lists.width, (row + 1) * lists.width};
+  return {integer(lists.begin, lists.begin_is_64, row), integer(lists.begin, lists.begin_is_64, row + 1)};
+}
+
 // Lists of ignored rows are not looked at again, but their ids must be valid like any other.
 void check_ignored_lists(const RankCall& call, int64_t all_rows) {
-  const IdLists& lists = call.excluded;
+  const bool padded = call.excluded.begin == nullptr;
   int64_t next = 0;
   for (int64_t r = 0; r < all_rows; ++r) {
     if (next < call.num_rows && call.rows[next] == r) {
       ++next;
       continue;
     }
-    const auto entry = [](const void* data, bool is_64, int64_t i) {
-      return is_64 ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
-    };
-    const int64_t begin = lists.begin ? entry(lists.begin, lists.begin_is_64, r) : r * lists.width;
-    const int64_t end = lists.begin ? entry(lists.begin, lists.begin_is_64, r + 1) : begin + lists.width;
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t id = entry(lists.ids, lists.ids_are_64, i);
-      if (id < -1 || id >= call.num_items) bad_excluded(id, call.num_items);
+    const Range list = list_of(call.excluded, r);
+    for (int64_t i = list.begin; i < list.end; ++i) {
+      const int64_t id = integer(call.excluded.ids, call.excluded.ids_are_64, i);
+      if (id < (padded ? -1 : 0) || id >= call.num_items) bad_id("exclude", call.num_items, padded, id);
     }
   }
 }
@@ -186,10 +191,34 @@ void check_ignored_lists(const RankCall& call, int64_t all_rows) {
 // About 10 µs of scanning: less than that is not worth waking a thread for.
 constexpr int64_t kProductsPerThread = int64_t{1} << 20;
 
+// How many different ids a list holds: a hash table twice the list's size, which for a usual history stays in L1 (sorting takes
+// ten times as long).
+class DistinctIds {
+ public:
+  int64_t count(const int64_t* ids, int64_t n) {
+    int bits = 4;
+    while ((int64_t{1} << bits) < 2 * n) ++bits;
+    slots_.assign(size_t{1} << bits, -1);
+    const size_t mask = slots_.size() - 1;
+    int64_t distinct = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      // Multiplication by 2^64 / golden ratio spreads ids that are close together.
+      size_t place = static_cast<size_t>((static_cast<uint64_t>(ids[i]) * 0x9E3779B97F4A7C15u) >> (64 - bits));
+      while (slots_[place] != -1 && slots_[place] != ids[i]) place = (place + 1) & mask;
+      distinct += slots_[place] == -1;
+      slots_[place] = ids[i];
+    }
+    return distinct;
+  }
+
+ private:
+  std::vector<int64_t> slots_;
+};
+
 // goal and the (negative) number of excluded items above it, row by row.
 void prepare_rows(const RankCall& call, const RankKernels& kernel) {
   std::mutex mutex;
-  int64_t bad_index = call.num_rows, bad_id = 0;
+  int64_t bad_index = call.num_rows, bad = 0;
   const int64_t listed = call.excluded.begin ? 64 : call.excluded.ids ? call.excluded.width : 0;
   const int64_t grain = std::max<int64_t>(1, kProductsPerThread / 16 / (std::max<int64_t>(call.width, 1) * (1 + listed / 8)));
   torch::stable::parallel_for(0, call.num_rows, grain, [&](int64_t begin, int64_t end) {
@@ -198,26 +227,22 @@ void prepare_rows(const RankCall& call, const RankKernels& kernel) {
     if (!call.excluded.ids) return;
     std::vector<float> query(static_cast<size_t>(call.width));
     std::vector<int64_t> above;
+    DistinctIds distinct;
     for (int64_t index = begin; index < end; ++index) {
-      const int64_t row = call.rows[index];
-      int64_t length = call.excluded.width;
-      if (call.excluded.begin)
-        length = call.excluded.begin_is_64
-                     ? static_cast<const int64_t*>(call.excluded.begin)[row + 1] - static_cast<const int64_t*>(call.excluded.begin)[row]
-                     : static_cast<const int32_t*>(call.excluded.begin)[row + 1] - static_cast<const int32_t*>(call.excluded.begin)[row];
-      if (above.size() < static_cast<size_t>(length)) above.resize(static_cast<size_t>(length));
-      int64_t bad = 0;
-      const int64_t found = kernel.excluded_above(call, index, query.data(), above.data(), &bad);
+      const Range list = list_of(call.excluded, call.rows[index]);
+      const size_t room = static_cast<size_t>(list.end - list.begin + 1);
+      if (above.size() < room) above.resize(room);
+      int64_t wrong = 0;
+      const int64_t found = kernel.excluded_above(call, index, query.data(), above.data(), &wrong);
       if (found < 0) {
         const std::lock_guard<std::mutex> lock(mutex);
-        if (index < bad_index) bad_index = index, bad_id = bad;
+        if (index < bad_index) bad_index = index, bad = wrong;
         return;
       }
-      std::sort(above.begin(), above.begin() + found);
-      call.rank[row] = -(std::unique(above.begin(), above.begin() + found) - above.begin());
+      call.rank[call.rows[index]] = -distinct.count(above.data(), found);
     }
   });
-  if (bad_index < call.num_rows) bad_excluded(bad_id, call.num_items);
+  if (bad_index < call.num_rows) bad_id("exclude", call.num_items, call.excluded.begin == nullptr, bad);
 }
 
 struct FreeAligned {
@@ -290,11 +315,11 @@ Tensor catalogue_rank(const Tensor& query, const Tensor& items, const Tensor& ta
   } else if (exclude && exclude->numel() > 0) {
     lists = torch::stable::contiguous(*exclude);
     call.excluded.ids = lists.const_data_ptr();
-    call.excluded.ids_are_64 = lists.scalar_type() == ScalarType::Long;
+    call.excluded.ids_are_64 = is_64(lists);
     if (exclude_crow) {
       begin = torch::stable::contiguous(*exclude_crow);
       call.excluded.begin = begin.const_data_ptr();
-      call.excluded.begin_is_64 = begin.scalar_type() == ScalarType::Long;
+      call.excluded.begin_is_64 = is_64(begin);
     } else {
       call.excluded.width = lists.size(1);
     }

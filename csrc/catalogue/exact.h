@@ -6,6 +6,9 @@
 
 namespace seqrec_fast::SEQREC_TIER {
 
+SEQREC_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+SEQREC_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
 template <class T>
 constexpr bool kIsDouble = false;
 template <>

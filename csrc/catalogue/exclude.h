@@ -9,8 +9,6 @@
 
 namespace seqrec_fast::SEQREC_TIER {
 
-enum class Place { kAbove, kBelow, kUndecided };
-
 // The scaled query of one row, in fp32, and whether the error bound of reducers.h holds for it.
 struct QuickQuery {
   const float* data;  // [width]
@@ -38,29 +36,43 @@ QuickQuery quick_query(const RankCall& call, int64_t row, double goal, float* to
   return quick;
 }
 
-// As in the scan, with the terms Σ|q'ₖwₖ| themselves in place of the product of norms. The order of the sum is another, which
-// the bound does not mind; nothing overflows where |Σ| + |bias| is finite, and underflow is at most 2^-150 a step.
+// A register of excluded items against one row, as in the scan but with the terms Σ|q'ₖwₖ| themselves in place of the product of
+// norms. The order of the sum is another, which the bound does not mind; nothing overflows where |Σ| + |bias| is finite, and
+// underflow is at most 2^-150 a step.
+struct Places {
+  uint32_t above;      // bit j: item j ranks above the target
+  uint32_t undecided;  // bit j: fp64 must decide
+};
+
 template <class T>
-SEQREC_INLINE Place quick_place(const QuickQuery& query, const T* item, float bias) {
-  F32 sum{}, size{};
-  int64_t k = 0;
-  for (; k + kLanes <= query.width; k += kLanes) {
-    const F32 q = load(query.data + k), w = load(item + k);
-    sum = fma(q, w, sum);
-    size = fma(abs(q), abs(w), size);
+SEQREC_INLINE Places quick_places(const QuickQuery& query, const RankCall& call, const int64_t* ids, int count) {
+  float sums[kLanes], sizes[kLanes];
+  const int64_t whole = query.width / kLanes * kLanes;
+  const int left = static_cast<int>(query.width - whole);
+  for (int j = 0; j < count; ++j) {
+    const T* item = row_of<T>(call.items, ids[j]);
+    F32 sum{}, size{};
+    for (int64_t k = 0; k < whole; k += kLanes) {
+      const F32 q = load(query.data + k), w = load(item + k);
+      sum = fma(q, w, sum);
+      size = fma(abs(q), abs(w), size);
+    }
+    if (left) {
+      const F32 q = load_first(query.data + whole, left), w = load_first(item + whole, left);
+      sum = fma(q, w, sum);
+      size = fma(abs(q), abs(w), size);
+    }
+    const float bias = call.bias.data ? static_cast<float>(at<T>(call.bias, ids[j])) : 0.0f;
+    sums[j] = reduce_add(sum) + bias;
+    sizes[j] = reduce_add(size) + __builtin_fabsf(bias);
   }
-  if (k < query.width) {
-    const int left = static_cast<int>(query.width - k);
-    const F32 q = load_first(query.data + k, left), w = load_first(item + k, left);
-    sum = fma(q, w, sum);
-    size = fma(abs(q), abs(w), size);
-  }
-  const float score = reduce_add(sum) + bias, bound = reduce_add(size) + __builtin_fabsf(bias);
-  const float width = bound * static_cast<float>(relative_band(query.width) * 1.1);
-  if (!(bound < 0x1p126f)) return Place::kUndecided;
-  if (score > query.limits.high + width) return Place::kAbove;
-  if (score < query.limits.low - width) return Place::kBelow;
-  return Place::kUndecided;
+  const F32 score = load_first(sums, count), size = load_first(sizes, count);
+  const F32 width = size * static_cast<float>(relative_band(query.width) * 1.1);
+  const I32 bounded = (I32)(size < 0x1p126f);
+  const I32 above = bounded & (I32)(score > query.limits.high + width);
+  const I32 below = bounded & (I32)(score < query.limits.low - width);
+  const uint32_t all = (1u << count) - 1u;
+  return {mask_bits(above) & all, ~mask_bits(above | below) & all};
 }
 
 SEQREC_INLINE int64_t id_at(const void* ids, bool are_64, int64_t i) {
@@ -79,56 +91,86 @@ SEQREC_INLINE int64_t pass_padding(const Id* ids, int64_t i, int64_t end) {
   return i;
 }
 
+// The list is taken a register of ids at a time; the items of the next are fetched while this one is scored.
+template <class T, class Id>
+struct ListAbove {
+  const RankCall& call;
+  const int64_t row;
+  const Goal goal;
+  const int64_t target;
+  const QuickQuery quick;
+  int64_t* above;
+  int64_t found = 0;
+  Pairs<T> pairs{call, {}, {}};
+  int waiting = 0;
+
+  void decide_pairs() {
+    double score[kPairs];
+    if (waiting) pairs.score(waiting, score);
+    for (int j = 0; j < waiting; ++j)
+      if (ranks_above(score[j], pairs.item[j], goal)) above[found++] = pairs.item[j];
+    waiting = 0;
+  }
+
+  void decide(const int64_t* ids, int count) {
+    Places places{0, (1u << count) - 1u};
+    if constexpr (!kIsDouble<T>)
+      if (quick.usable) places = quick_places<T>(quick, call, ids, count);
+    // Without a branch: which of them rank above is as good as random.
+    for (int j = 0; j < count; ++j) above[found] = ids[j], found += (places.above >> j) & 1u;
+    for (; places.undecided; places.undecided &= places.undecided - 1) {
+      pairs.row[waiting] = row;
+      pairs.item[waiting++] = ids[__builtin_ctz(places.undecided)];
+      if (waiting == kPairs) decide_pairs();
+    }
+  }
+
+  void fetch(int64_t id) const {
+    const char* from = reinterpret_cast<const char*>(row_of<T>(call.items, id));
+    const int64_t bytes = least(call.width * static_cast<int64_t>(sizeof(T)), 1024);
+    if (call.items.column_stride == 1)
+      for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(from + byte);
+  }
+
+  // Returns false at an id that is out of range.
+  bool run(const Id* ids, int64_t begin, int64_t end, bool padded, int64_t* bad) {
+    int64_t batches[2][kLanes];
+    int filled = 0, current = 0, previous = 0;
+    for (int64_t i = begin; i < end; ++i) {
+      if (padded && ids[i] == -1) {
+        i = pass_padding(ids, i, end);
+        if (i == end) break;
+        if (ids[i] == -1) continue;
+      }
+      const int64_t id = ids[i];
+      if (id < 0 || id >= call.num_items) {
+        *bad = id;
+        return false;
+      }
+      if (id == target) continue;
+      fetch(id);
+      batches[current][filled++] = id;
+      if (filled < kLanes) continue;
+      if (previous) decide(batches[1 - current], previous);
+      previous = filled, filled = 0, current = 1 - current;
+    }
+    if (previous) decide(batches[1 - current], previous);
+    if (filled) decide(batches[current], filled);
+    decide_pairs();
+    return true;
+  }
+};
+
+// Into `above`, with room for one id more than the list has: the ids that rank above the row's target, in no particular order
+// and as often as they are listed.
 template <class T, class Id>
 int64_t list_above(const RankCall& call, int64_t index, const Id* ids, int64_t begin, int64_t end, float* scratch, int64_t* above,
                    int64_t* bad) {
   const int64_t row = call.rows[index];
   const Goal goal = goal_of<T>(call, index);
   const int64_t target = static_cast<const int64_t*>(call.target.data)[row * call.target.stride];
-  QuickQuery quick{};
-  bool first = true;
-  int64_t found = 0;
-  int waiting = 0;
-  Pairs<T> pairs{call, {}, {}};
-  auto decide = [&] {
-    double score[kPairs];
-    if (waiting) pairs.score(waiting, score);
-    for (int j = 0; j < waiting; ++j)
-      if (ranks_above(score[j], pairs.item[j], goal)) above[found++] = pairs.item[j];
-    waiting = 0;
-  };
-  for (int64_t i = begin; i < end; ++i) {
-    int64_t id = ids[i];
-    if (id == -1) {
-      i = pass_padding(ids, i, end);
-      if (i == end) break;
-      id = ids[i];
-      if (id == -1) continue;
-    }
-    if (id < 0 || id >= call.num_items) {
-      *bad = id;
-      return -1;
-    }
-    if (id == target) continue;
-    if (first) quick = quick_query<T>(call, row, goal.score, scratch), first = false;
-    if (i + 8 < end && static_cast<uint64_t>(ids[i + 8]) < static_cast<uint64_t>(call.num_items)) {
-      const char* ahead = reinterpret_cast<const char*>(row_of<T>(call.items, ids[i + 8]));
-      for (int64_t byte = 0; byte < 512 && byte < call.width * static_cast<int64_t>(sizeof(T)); byte += 64)
-        __builtin_prefetch(ahead + byte);
-    }
-    if constexpr (!kIsDouble<T>) {
-      if (quick.usable) {
-        const float bias = call.bias.data ? at<T>(call.bias, id) : 0.0f;
-        const Place place = quick_place<T>(quick, row_of<T>(call.items, id), bias);
-        if (place == Place::kAbove) above[found++] = id;
-        if (place != Place::kUndecided) continue;
-      }
-    }
-    pairs.row[waiting] = row, pairs.item[waiting++] = id;
-    if (waiting == kPairs) decide();
-  }
-  decide();
-  return found;
+  ListAbove<T, Id> list{call, row, goal, target, quick_query<T>(call, row, goal.score, scratch), above};
+  return list.run(ids, begin, end, call.excluded.begin == nullptr, bad) ? list.found : -1;
 }
 
 }  // namespace seqrec_fast::SEQREC_TIER

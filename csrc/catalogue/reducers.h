@@ -63,23 +63,21 @@ struct Counters {
 
 template <int Vectors>
 struct CountAbove {
-  F32 low[Vectors], high[Vectors];
   I32 above[Vectors];
 
-  // True when every pair of the tile was decided; `above` holds the tile's counts either way.
+  // True when every pair of the tile was decided; only then does `above` hold the tile's counts.
   SEQREC_METHOD bool reduce(const F32 (&score)[kTile][Vectors], const Counters& rows, const TileBand& band) {
     I32 undecided{};
 #pragma GCC unroll 4
     for (int u = 0; u < Vectors; ++u) {
       const F32 width = fma(load(rows.slope + u * kLanes), broadcast(band.norm), broadcast(band.bias));
-      low[u] = load(rows.low + u * kLanes) - width;
-      high[u] = load(rows.high + u * kLanes) + width;
+      const F32 low = load(rows.low + u * kLanes) - width, high = load(rows.high + u * kLanes) + width;
       I32 over{}, reached{};
       // NaN, the start value of items that are not scanned, fails both comparisons.
 #pragma GCC unroll 16
       for (int i = 0; i < kTile; ++i) {
-        over = select(score[i][u] > high[u], over + 1, over);
-        reached = select(score[i][u] >= low[u], reached + 1, reached);
+        over = select(score[i][u] > high, over + 1, over);
+        reached = select(score[i][u] >= low, reached + 1, reached);
       }
       above[u] = over;
       undecided |= over ^ reached;

@@ -11,8 +11,6 @@ namespace seqrec_fast::SEQREC_TIER {
 
 constexpr int64_t kPairBuffer = 512;
 
-SEQREC_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-SEQREC_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 SEQREC_INLINE int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
 // ---- scratch ----------------------------------------------------------------------------------------------------------
@@ -27,10 +25,11 @@ struct Scratch {
   float* staged;  // [chunk, width] items as contiguous fp32, unless they are that already
   float* start;   // [chunk] bias, or NaN: not scanned
   TileBand* band;  // [chunk / kTile]
+  float* squares;  // [chunk] at least the squared norm of each item
   int64_t* special;  // [chunk] items decided in fp64 for every row
   int64_t* pair_slot;  // [kPairBuffer] undecided pairs
   int64_t* pair_item;
-  ExactRows* exact_rows;
+  ExactRows* exact_rows;  // [kWide] a block of the scan is kWide blocks in fp64
   ExactItems items;  // [chunk]
 };
 
@@ -54,13 +53,16 @@ int64_t carve(const RankCall& call, const RankPlan& plan, void* base, Scratch& s
   take(s.staged, chunk * width);
   take(s.start, chunk);
   take(s.band, chunk / kTile);
+  take(s.squares, chunk);
   take(s.special, chunk);
   take(s.pair_slot, kPairBuffer);
   take(s.pair_item, kPairBuffer);
-  take(s.exact_rows, 1);
-  double* panel;
-  take(panel, width * kLanes);
-  if (base) s.exact_rows->panel = panel;
+  take(s.exact_rows, kWide);
+  for (int u = 0; u < kWide; ++u) {
+    double* panel;
+    take(panel, width * kLanes);
+    if (base) s.exact_rows[u].panel = panel;
+  }
   take(s.items.weights, chunk * width);
   take(s.items.bias, chunk);
   take(s.items.id, chunk);
@@ -106,7 +108,7 @@ struct Task {
     }
     *s.plain = front;
     *s.packed = first_row + 1;
-    s.exact_rows->first = -1;
+    for (int u = 0; u < kWide; ++u) s.exact_rows[u].first = -1;
     if constexpr (!kIsDouble<T>) {
       const Panel panel{s.panel, call.width, front};
       for (int64_t i = 0; i < round_up(front, kLanes) * call.width; ++i) s.panel[i] = 0.0f;
@@ -164,6 +166,7 @@ struct Task {
         }
         const float own = sum_of_squares(rows + i * stride, width) * inflate + underflow;
         const float own_bias = __builtin_fabsf(s.start[i]);
+        s.squares[i] = own;
         if (own <= 0x1p120f && own_bias <= kBiasLimit) {
           squares = own > squares ? own : squares;
           bias = own_bias > bias ? own_bias : bias;
@@ -194,32 +197,30 @@ struct Task {
     return low;
   }
 
-  // Step 3: scan. The next chunk is asked for a few rows a tile, so that it has arrived when its turn comes.
+  // Step 3: scan, and meanwhile fetch the next chunk.
   void scan(int64_t next_item, int64_t next_count) {
     const int64_t blocks = round_up(*s.plain, kBlock) / kBlock;
     const int64_t tiles = round_up(count, kTile) / kTile;
-    if (blocks == 0) return;
-    const int64_t ahead = (next_count + blocks * tiles - 1) / (blocks * tiles);
-    int64_t next = 0;
+    const bool fetch = call.items.column_stride == 1 && next_count > 0 && call.width > 0;
+    const int64_t bytes = next_count * call.items.row_stride * static_cast<int64_t>(sizeof(T));
+    const char* next = reinterpret_cast<const char*>(row_of<T>(call.items, fetch ? next_item : first_item));
+    const int64_t step = fetch ? bytes / (blocks * tiles * call.width) : 0;
     for (int64_t block = 0; block < blocks; ++block)
       for (int64_t tile = 0; tile < tiles; ++tile) {
-        for (const int64_t end = least(next + ahead, next_count); next < end; ++next) prefetch(next_item + next);
+        const Ahead ahead{next, step};
+        next += step * call.width;
         if (*s.plain - block * kBlock > kLanes)
-          scan_tile<kWide>(block * kBlock, tile);
+          scan_tile<kWide>(block * kBlock, tile, ahead);
         else
-          scan_tile<1>(block * kBlock, tile);
+          scan_tile<1>(block * kBlock, tile, ahead);
       }
-  }
-  void prefetch(int64_t item) const {
-    const char* from = reinterpret_cast<const char*>(row_of<T>(call.items, item));
-    const int64_t bytes = call.width * call.items.column_stride * static_cast<int64_t>(sizeof(T));
-    for (int64_t offset = 0; offset < bytes && offset < 4096; offset += 64) __builtin_prefetch(from + offset, 0, 2);
   }
 
   template <int Vectors>
-  SEQREC_METHOD void scan_tile(int64_t slot, int64_t tile) {
+  SEQREC_METHOD void scan_tile(int64_t slot, int64_t tile, const Ahead& ahead) {
     F32 score[kTile][Vectors];
-    score_tile<Vectors>(s.panel + slot * call.width, call.width, rows + tile * kTile * stride, stride, s.start + tile * kTile, score);
+    score_tile<Vectors>(s.panel + slot * call.width, call.width, rows + tile * kTile * stride, stride, s.start + tile * kTile,
+                        ahead, score);
     const Counters counters{s.counters.low + slot, s.counters.high + slot, s.counters.slope + slot, s.counters.above + slot};
     CountAbove<Vectors> reducer;
     if (__builtin_expect(reducer.reduce(score, counters, s.band[tile]), 1)) {
@@ -227,37 +228,42 @@ struct Task {
       return;
     }
     float spilled[kTile * kBlock];
-    float limits[2 * kBlock];
-    for (int u = 0; u < Vectors; ++u) {
-      for (int i = 0; i < kTile; ++i) store(spilled + i * kBlock + u * kLanes, score[i][u]);
-      store(limits + u * kLanes, reducer.low[u]);
-      store(limits + kBlock + u * kLanes, reducer.high[u]);
-    }
-    if (decide(spilled, limits, limits + kBlock, Vectors, slot, tile)) reducer.add_to(counters);
+    for (int i = 0; i < kTile; ++i)
+      for (int u = 0; u < Vectors; ++u) store(spilled + i * kBlock + u * kLanes, score[i][u]);
+    decide(spilled, Vectors, slot, tile);
   }
 
-  // Step 4, rarely: the pairs of a tile that are inside the band. True where the scan's counts stand and the pairs are noted;
-  // false where so many are undecided (ties everywhere, say) that the whole tile was counted in fp64 instead.
-  __attribute__((noinline, cold)) bool decide(const float* score, const float* low, const float* high, int vectors, int64_t slot,
-                                              int64_t tile) {
+  // Step 4, rarely: a tile with pairs inside its band. It is gone through again, item by item, with the band of the item's own
+  // norm; the pairs left are noted for fp64. Where they are many (ties everywhere, say) the whole tile is counted in fp64.
+  __attribute__((noinline, cold)) void decide(const float* score, int vectors, int64_t slot, int64_t tile) {
     const int64_t limit = kTile * vectors * kLanes / 4;
     if (pairs + limit > kPairBuffer) flush();
     const int64_t before = pairs;
-    for (int i = 0; i < kTile; ++i)
+    I32 above[kWide]{};
+    for (int64_t i = 0; i < kTile; ++i) {
+      const int64_t item = tile * kTile + i;
+      const F32 norm = broadcast(__builtin_sqrtf(s.squares[item])), bias = broadcast(s.band[tile].bias);
       for (int u = 0; u < vectors; ++u) {
-        const F32 x = load(score + i * kBlock + u * kLanes);
-        uint32_t bits = mask_bits((I32)(x >= load(low + u * kLanes)) & ~(I32)(x > load(high + u * kLanes)));
+        const int64_t first = slot + u * kLanes;
+        const F32 x = load(score + i * kBlock + u * kLanes), width = fma(load(s.counters.slope + first), norm, bias);
+        const I32 over = (I32)(x > load(s.counters.high + first) + width);
+        above[u] -= over;
+        uint32_t bits = mask_bits((I32)(x >= load(s.counters.low + first) - width) & ~over);
         for (; bits; bits &= bits - 1) {
           if (pairs - before == limit) {
             pairs = before;
             recount(slot, vectors, tile);
-            return false;
+            return;
           }
-          s.pair_slot[pairs] = slot + u * kLanes + __builtin_ctz(bits);
-          s.pair_item[pairs++] = first_item + tile * kTile + i;
+          s.pair_slot[pairs] = first + __builtin_ctz(bits);
+          s.pair_item[pairs++] = first_item + item;
         }
       }
-    return true;
+    }
+    for (int u = 0; u < vectors; ++u) {
+      int32_t* to = s.counters.above + slot + u * kLanes;
+      store(to, load(to) + above[u]);
+    }
   }
 
   void recount(int64_t slot, int vectors, int64_t tile) {
@@ -290,11 +296,12 @@ struct Task {
 
   // s.items against the rows from `slot` to `end`, at most kLanes of them.
   void count_block(int64_t slot, int64_t end) {
-    if (s.exact_rows->first != slot) {
-      pack_exact_rows<T>(call, s.index + slot, static_cast<int>(least(kLanes, end - slot)), *s.exact_rows);
-      s.exact_rows->first = slot;
+    ExactRows& rows = s.exact_rows[slot / kLanes % kWide];
+    if (rows.first != slot) {
+      pack_exact_rows<T>(call, s.index + slot, static_cast<int>(least(kLanes, end - slot)), rows);
+      rows.first = slot;
     }
-    count_exact<T>(*s.exact_rows, s.items, call.width, s.total + slot);
+    count_exact<T>(rows, s.items, call.width, s.total + slot);
   }
   void count_blocks(int64_t begin, int64_t end) {
     pad_exact_items(s.items, call.width);

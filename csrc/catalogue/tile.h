@@ -38,7 +38,7 @@ SEQREC_INLINE auto at(const VectorView& vector, int64_t i) {
 
 template <class T>
 SEQREC_INLINE double scale_of(const RankCall& call, int64_t row) {
-  return call.row_scale.data ? static_cast<double>(at<T>(call.row_scale, row)) : call.scale;
+  return call.row_scale.data ? call.scale * static_cast<double>(at<T>(call.row_scale, row)) : call.scale;
 }
 
 // One row as contiguous fp32.
@@ -86,10 +86,17 @@ SEQREC_INLINE void pack_row(const Panel& panel, int64_t slot, const T* query, in
 
 // ---- the tile -----------------------------------------------------------------------------------------------------------
 
+// Memory that will be needed soon, asked for evenly while a tile is computed: address + k · step at step k. (Bursts between
+// tiles would wait for the few buffers that hold outstanding lines.)
+struct Ahead {
+  const char* address;
+  int64_t step;
+};
+
 // score[i][u] = start[i] + Σₖ items[i][k] · queries[k][u], k ascending, one rounding a step where the tier has FMA.
 template <int Vectors>
 SEQREC_INLINE void score_tile(const float* queries, int64_t width, const float* items, int64_t stride, const float* start,
-                              F32 (&score)[kTile][Vectors]) {
+                              const Ahead& ahead, F32 (&score)[kTile][Vectors]) {
 #pragma GCC unroll 16
   for (int i = 0; i < kTile; ++i) {
     const F32 first = broadcast(start[i]);
@@ -97,6 +104,7 @@ SEQREC_INLINE void score_tile(const float* queries, int64_t width, const float* 
     for (int u = 0; u < Vectors; ++u) score[i][u] = first;
   }
   for (int64_t k = 0; k < width; ++k) {
+    __builtin_prefetch(ahead.address + k * ahead.step, 0, 2);
     F32 query[Vectors];
 #pragma GCC unroll 4
     for (int u = 0; u < Vectors; ++u) query[u] = load(queries + (k * Vectors + u) * kLanes);

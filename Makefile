@@ -31,7 +31,8 @@ test: build  ## every test that needs no GPU
 	$(BIN)/python -m pytest tests seqrec_fast --ignore=tests/gpu_offline
 
 test-gpu-offline: build  ## GPU code without a GPU: executed in the emulator and the interpreter, compiled and inspected
-	$(BIN)/python -m pytest tests/gpu_offline
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/gpu_offline -m interpreter
+	$(BIN)/python -m pytest tests/gpu_offline -m "not interpreter"
 
 bench: build  ## the small table of benchmarks
 	$(BIN)/python -m seqrec_fast bench

@@ -56,6 +56,7 @@ class Operator:
         self.name = name
         self.describe = describe
         self.function: Any = None
+        self._apply: Any = None
         self.public = getattr(torch.ops.seqrec_fast, name).default
         self._backends = {
             "native": getattr(torch.ops.seqrec_fast_native, name).default,
@@ -83,6 +84,8 @@ class Operator:
         ``function.forward`` must return ``self.below_autograd(*args)``.
         """
         self.function = function
+        # Function.apply binds default arguments through inspect.signature first (15 µs); its base does not.
+        self._apply = super(torch.autograd.Function, function).apply
         LIBRARIES[PUBLIC].impl(self.name, function.apply, "Autograd")  # type: ignore[no-untyped-call]
         return function
 
@@ -102,8 +105,10 @@ class Operator:
     def __call__(self, *args: Any) -> Any:
         if torch.compiler.is_compiling():
             return self.public(*args)
-        if transforms_active() or (torch.is_grad_enabled() and _any_requires_grad(args)):
+        if transforms_active():
             return self.function.apply(*args)
+        if torch.is_grad_enabled() and _any_requires_grad(args):
+            return self._apply(*args)
         return self.run(*args)
 
 

@@ -36,9 +36,13 @@ def check_floating(operator: str, **tensors: Tensor | None) -> None:
             first = (name, tensor)
             continue
         if tensor.dtype != first[1].dtype:
-            raise TypeError(f"{operator}: {name} must have the dtype of {first[0]} ({first[1].dtype}), got {tensor.dtype}")
+            raise TypeError(
+                f"{operator}: {name} must have the dtype of {first[0]} ({first[1].dtype}), got {tensor.dtype}"
+            )
         if tensor.device != first[1].device:
-            raise ValueError(f"{operator}: {name} must be on the device of {first[0]} ({first[1].device}), got {tensor.device}")
+            raise ValueError(
+                f"{operator}: {name} must be on the device of {first[0]} ({first[1].device}), got {tensor.device}"
+            )
 
 
 def check_shape(operator: str, name: str, tensor: Tensor, expected: Sequence[int], meaning: str) -> None:

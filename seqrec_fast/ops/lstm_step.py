@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -137,12 +138,21 @@ def _explain_mismatch(
 # Wiring
 
 
-def _describe(x: Tensor, h: Tensor, c: Tensor, w_ih: Tensor, *rest: Any) -> Spec:
-    return Spec("lstm_step", x.device.type, x.dtype, (x.shape[-1], c.shape[-1]))
+@lru_cache(maxsize=64)
+def _spec(operator: str, device: str, dtype: torch.dtype) -> Spec:
+    return Spec(operator, device, dtype)  # any width runs everywhere, so a Spec per device and dtype will do
 
 
-def _describe_backward(grad_h: Tensor, grad_c: Tensor, x: Tensor, h: Tensor, c: Tensor, *rest: Any) -> Spec:
-    return Spec("lstm_step_backward", x.device.type, x.dtype, (x.shape[-1], c.shape[-1]))
+def _describe(x: Tensor, *rest: Any) -> Spec:
+    return _spec("lstm_step", x.device.type, x.dtype)
+
+
+def _describe_inplace(x: Tensor, *rest: Any) -> Spec:
+    return _spec("lstm_step_", x.device.type, x.dtype)
+
+
+def _describe_backward(grad_h: Tensor, grad_c: Tensor, x: Tensor, *rest: Any) -> Spec:
+    return _spec("lstm_step_backward", x.device.type, x.dtype)
 
 
 def _native_supports(spec: Spec) -> str | None:
@@ -195,7 +205,7 @@ LSTM_STEP_INPLACE = Operator(
     "lstm_step_",
     reference=reference.forward_,
     fake=lambda *args: None,
-    describe=lambda *args: _describe(*args)._replace(operator="lstm_step_"),
+    describe=_describe_inplace,
     native=_native_supports,
 )
 LSTM_STEP_BACKWARD = Operator(

@@ -78,7 +78,9 @@ def forward_(
     c.copy_(c_next)
 
 
-def gate_gradient(grad_h: Tensor, grad_c: Tensor, c: Tensor, c_next: Tensor, activated: Tensor) -> tuple[Tensor, Tensor]:
+def gate_gradient(
+    grad_h: Tensor, grad_c: Tensor, c: Tensor, c_next: Tensor, activated: Tensor
+) -> tuple[Tensor, Tensor]:
     """(dz [B, 4H], dc [B, H]) of one step: the derivative of the cell, then of the activations."""
     i, f, g, o = activated.chunk(4, dim=-1)
     tanh_c = torch.tanh(c_next)

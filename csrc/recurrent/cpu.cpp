@@ -2,10 +2,12 @@
 // were checked in Python.
 #include <algorithm>
 #include <array>
+#include <cstring>
 #include <initializer_list>
 #include <memory>
 #include <optional>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include <torch/csrc/stable/library.h>
@@ -57,7 +59,22 @@ Tensor empty(std::initializer_list<int64_t> sizes, const Tensor& like) {
   return Tensor(handle);
 }
 
-Tensor in_order(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
+// An argument as a contiguous array: itself, or a copy that lives as long as this.
+class Array {
+ public:
+  explicit Array(const Tensor& tensor) {
+    if (!tensor.is_contiguous()) copy_ = torch::stable::contiguous(tensor);
+    data_ = (copy_ ? *copy_ : tensor).const_data_ptr();
+  }
+  explicit Array(const std::optional<Tensor>& tensor) {
+    if (tensor) *this = Array(*tensor);
+  }
+  operator const void*() const { return data_; }
+
+ private:
+  std::optional<Tensor> copy_;
+  const void* data_ = nullptr;
+};
 
 // Runs task(begin, end) over [0, tasks), on as many threads as the multiply-adds are worth. A thread costs 2–3 µs to wake; half a
 // million multiply-adds take 4 µs from L1 and 11 µs where each weight is read from L2 for one row.
@@ -85,76 +102,114 @@ void run_step(const LstmStep& step) {
   });
 }
 
-const void* data_or_null(const std::optional<Tensor>& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
-
-std::optional<Tensor> in_order(const std::optional<Tensor>& tensor) {
-  return tensor ? std::optional<Tensor>(in_order(*tensor)) : std::nullopt;
+size_t width(Scalar scalar) {
+  return scalar == Scalar::kDouble ? 8 : scalar == Scalar::kFloat ? 4 : 2;
 }
 
-StepSizes sizes_of(const Tensor& x, const Tensor& h, const Tensor& c) {
-  return {x.size(0), x.size(1), h.size(1), c.size(1), scalar_of(x)};
+void check_shape(const char* name, const Tensor& tensor, int64_t rows, int64_t columns) {
+  check_value(tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == columns, "lstm_step: ", name,
+              " must have shape [", rows, ", ", columns, "]");
 }
 
-std::tuple<Tensor, Tensor, Tensor> lstm_step(Tensor x, Tensor h, Tensor c, Tensor w_ih, Tensor w_hh, std::optional<Tensor> b_ih,
-                                             std::optional<Tensor> b_hh, bool save_gates, int64_t /*precision*/) {
-  x = in_order(x), h = in_order(h), c = in_order(c), w_ih = in_order(w_ih), w_hh = in_order(w_hh);
-  b_ih = in_order(b_ih), b_hh = in_order(b_hh);
-  const StepSizes sizes = sizes_of(x, h, c);
+// The public function explains a wrong shape better; this keeps a direct call of the operator within its arrays.
+StepSizes check_sizes(const Tensor& x, const Tensor& h, const Tensor& c, const Tensor& w_ih, const Tensor& w_hh) {
+  check_value(x.dim() == 2 && h.dim() == 2 && c.dim() == 2, "lstm_step: x, h and c must be matrices");
+  const StepSizes sizes{x.size(0), x.size(1), h.size(1), c.size(1), scalar_of(x)};
+  check_shape("h", h, sizes.rows, sizes.projected);
+  check_shape("c", c, sizes.rows, sizes.hidden);
+  check_shape("w_ih", w_ih, 4 * sizes.hidden, sizes.input);
+  check_shape("w_hh", w_hh, 4 * sizes.hidden, sizes.projected);
+  for (const Tensor* tensor : {&h, &c, &w_ih, &w_hh})
+    check_value(tensor->scalar_type() == x.scalar_type(), "lstm_step: all tensors must share one dtype");
+  return sizes;
+}
+
+void check_bias(const std::optional<Tensor>& bias, const Tensor& x, int64_t hidden) {
+  check_value(!bias || (bias->dim() == 1 && bias->size(0) == 4 * hidden && bias->scalar_type() == x.scalar_type()),
+              "lstm_step: a bias must have shape [", 4 * hidden, "] and the dtype of x");
+}
+
+std::tuple<Tensor, Tensor, Tensor> lstm_step(const Tensor& x, const Tensor& h, const Tensor& c, const Tensor& w_ih,
+                                             const Tensor& w_hh, const std::optional<Tensor>& b_ih,
+                                             const std::optional<Tensor>& b_hh, bool save_gates, int64_t /*precision*/) {
+  const StepSizes sizes = check_sizes(x, h, c, w_ih, w_hh);
+  check_bias(b_ih, x, sizes.hidden);
+  check_bias(b_hh, x, sizes.hidden);
   Tensor h_next = empty({sizes.rows, sizes.hidden}, x), c_next = empty({sizes.rows, sizes.hidden}, x);
   Tensor gates = save_gates ? empty({sizes.rows, 4 * sizes.hidden}, x) : empty({0}, x);
-  run_step({sizes, x.const_data_ptr(), h.const_data_ptr(), c.const_data_ptr(), w_ih.const_data_ptr(), w_hh.const_data_ptr(),
-            data_or_null(b_ih), data_or_null(b_hh), h_next.mutable_data_ptr(), c_next.mutable_data_ptr(),
-            save_gates ? gates.mutable_data_ptr() : nullptr});
-  return {h_next, c_next, gates};
+  run_step({sizes, Array(x), Array(h), Array(c), Array(w_ih), Array(w_hh), Array(b_ih), Array(b_hh), h_next.mutable_data_ptr(),
+            c_next.mutable_data_ptr(), save_gates ? gates.mutable_data_ptr() : nullptr});
+  return {std::move(h_next), std::move(c_next), std::move(gates)};
 }
 
-// Overwrites h and c.
-void lstm_step_(Tensor x, Tensor h, Tensor c, Tensor w_ih, Tensor w_hh, std::optional<Tensor> b_ih, std::optional<Tensor> b_hh,
-                int64_t /*precision*/) {
-  x = in_order(x), w_ih = in_order(w_ih), w_hh = in_order(w_hh);
-  b_ih = in_order(b_ih), b_hh = in_order(b_hh);
-  const StepSizes sizes = sizes_of(x, h, c);
+// Overwrites h and c. Every unit reads all of the former h (and of x, which may share its memory), so those are copied first;
+// c is read and written unit by unit.
+void lstm_step_(const Tensor& x, const Tensor& h, const Tensor& c, const Tensor& w_ih, const Tensor& w_hh,
+                const std::optional<Tensor>& b_ih, const std::optional<Tensor>& b_hh, int64_t /*precision*/) {
+  const StepSizes sizes = check_sizes(x, h, c, w_ih, w_hh);
+  check_bias(b_ih, x, sizes.hidden);
+  check_bias(b_hh, x, sizes.hidden);
   check_value(sizes.projected == sizes.hidden, "lstm_step_: h and c must have one width, got ", sizes.projected, " and ",
               sizes.hidden);
-  // Every unit reads all of the former h, so the new one goes to its own array first. c is read and written unit by unit.
-  const Tensor former_h = in_order(h);
-  Tensor h_next = empty({sizes.rows, sizes.hidden}, x);
-  Tensor c_next = in_order(c);
-  run_step({sizes, x.const_data_ptr(), former_h.const_data_ptr(), c_next.const_data_ptr(), w_ih.const_data_ptr(),
-            w_hh.const_data_ptr(), data_or_null(b_ih), data_or_null(b_hh), h_next.mutable_data_ptr(),
-            c_next.mutable_data_ptr(), nullptr});
-  torch::stable::copy_(h, h_next);
-  if (!c.is_contiguous()) torch::stable::copy_(c, c_next);
+  Tensor h_next = h.is_contiguous() ? h : torch::stable::contiguous(h);
+  Tensor c_next = c.is_contiguous() ? c : torch::stable::contiguous(c);
+  const size_t x_bytes = sizes.rows * sizes.input * width(sizes.scalar), h_bytes = sizes.rows * sizes.hidden * width(sizes.scalar);
+  const auto former = std::make_unique_for_overwrite<char[]>(x_bytes + h_bytes);
+  if (x_bytes != 0) std::memcpy(former.get(), Array(x), x_bytes);
+  if (h_bytes != 0) std::memcpy(former.get() + x_bytes, h_next.const_data_ptr(), h_bytes);
+  void* const c_data = c_next.mutable_data_ptr();
+  run_step({sizes, former.get(), former.get() + x_bytes, c_data, Array(w_ih), Array(w_hh), Array(b_ih), Array(b_hh),
+            h_next.mutable_data_ptr(), c_data, nullptr});
+  if (!h.is_contiguous()) torch::stable::copy_(const_cast<Tensor&>(h), h_next);
+  if (!c.is_contiguous()) torch::stable::copy_(const_cast<Tensor&>(c), c_next);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_step_backward(
-    Tensor grad_h, Tensor grad_c, Tensor x, Tensor h, Tensor c, Tensor c_next, Tensor w_ih, Tensor w_hh, Tensor gates,
-    std::vector<bool> output_mask, int64_t /*precision*/) {
-  grad_h = in_order(grad_h), grad_c = in_order(grad_c), x = in_order(x), h = in_order(h), c = in_order(c);
-  c_next = in_order(c_next), w_ih = in_order(w_ih), w_hh = in_order(w_hh), gates = in_order(gates);
-  const StepSizes sizes = sizes_of(x, h, c);
+    const Tensor& grad_h, const Tensor& grad_c, const Tensor& x, const Tensor& h, const Tensor& c, const Tensor& c_next,
+    const Tensor& w_ih, const Tensor& w_hh, const Tensor& gates, const std::vector<bool>& output_mask, int64_t /*precision*/) {
+  const StepSizes sizes = check_sizes(x, h, c, w_ih, w_hh);
   const auto [rows, input, projected, hidden, scalar] = sizes;
+  check_shape("grad_h", grad_h, rows, hidden);
+  check_shape("grad_c", grad_c, rows, hidden);
+  check_shape("c_next", c_next, rows, hidden);
+  check_shape("gates", gates, rows, 4 * hidden);
+  for (const Tensor* tensor : {&grad_h, &grad_c, &c_next, &gates})
+    check_value(tensor->scalar_type() == x.scalar_type(), "lstm_step: all tensors must share one dtype");
+  check_value(output_mask.size() == 6, "lstm_step_backward: output_mask must have 6 entries, got ", output_mask.size());
+
   const auto result = [&](int index, std::initializer_list<int64_t> shape) {
     return output_mask[index] ? empty(shape, x) : empty({0}, x);
   };
-  const std::array<Tensor, 6> results = {result(0, {rows, input}),          result(1, {rows, projected}),
-                                         result(2, {rows, hidden}),         result(3, {4 * hidden, input}),
-                                         result(4, {4 * hidden, projected}), result(5, {4 * hidden})};
-  std::array<void*, 6> out{};
-  int64_t products = 0;
-  for (int i = 0; i < 6; ++i) {
-    if (output_mask[i]) out[i] = results[i].mutable_data_ptr();
-    if (output_mask[i] && i != 2 && i != 5) products += 4 * rows * hidden * (i % 3 == 0 ? input : projected);
-  }
-  const size_t width = scalar == Scalar::kDouble ? sizeof(double) : sizeof(float);
-  const auto dz = std::make_unique_for_overwrite<char[]>(rows * 4 * hidden * width);
-  const LstmStepBackward step{sizes, grad_h.const_data_ptr(), grad_c.const_data_ptr(), x.const_data_ptr(), h.const_data_ptr(),
-                              c.const_data_ptr(), c_next.const_data_ptr(), w_ih.const_data_ptr(), w_hh.const_data_ptr(),
-                              gates.const_data_ptr(), dz.get(), out[0], out[1], out[2], out[3], out[4], out[5]};
+  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> results{
+      result(0, {rows, input}),       result(1, {rows, projected}),       result(2, {rows, hidden}),
+      result(3, {4 * hidden, input}), result(4, {4 * hidden, projected}), result(5, {4 * hidden})};
+  const auto data = [&](int index, const Tensor& tensor) { return output_mask[index] ? tensor.mutable_data_ptr() : nullptr; };
+  const auto dz = std::make_unique_for_overwrite<char[]>(rows * gradient_stride(hidden) * std::max<size_t>(width(scalar), 4));
+  const Array grad_h_array(grad_h), grad_c_array(grad_c), x_array(x), h_array(h), c_array(c), c_next_array(c_next),
+      w_ih_array(w_ih), w_hh_array(w_hh), gates_array(gates);
+  const LstmStepBackward step{sizes,
+                              grad_h_array,
+                              grad_c_array,
+                              x_array,
+                              h_array,
+                              c_array,
+                              c_next_array,
+                              w_ih_array,
+                              w_hh_array,
+                              gates_array,
+                              dz.get(),
+                              data(0, std::get<0>(results)),
+                              data(1, std::get<1>(results)),
+                              data(2, std::get<2>(results)),
+                              data(3, std::get<3>(results)),
+                              data(4, std::get<4>(results)),
+                              data(5, std::get<5>(results))};
+  const int64_t per_column = 4 * rows * hidden;
+  const int64_t products = per_column * (input * (output_mask[0] + output_mask[3]) + projected * (output_mask[1] + output_mask[4]));
   // A unit's gradients take the time of some 100 multiply-adds.
   in_parallel(rows, rows * hidden * 100, [&](int64_t begin, int64_t end) { kernels().lstm_step_gate_gradients(step, begin, end); });
   in_parallel(kProductParts, products, [&](int64_t begin, int64_t end) { kernels().lstm_step_products(step, begin, end); });
-  return {results[0], results[1], results[2], results[3], results[4], results[5]};
+  return results;
 }
 
 }  // namespace

@@ -21,13 +21,16 @@ struct LstmStep {
   void *h_next, *c_next, *gates;  // [B, H]  [B, H]  [B, 4H] or null
 };
 
+// Between the rows of dz. A power of two would put one column of it into two sets of L1, and dzᵀ·x walks down columns.
+static inline int64_t gradient_stride(int64_t hidden) { return (4 * hidden + 15) / 16 * 16 + 16; }
+
 // Results that are null are not computed; dz holds what all of them need.
 struct LstmStepBackward {
   StepSizes sizes;
   const void *grad_h, *grad_c;                   // [B, H]
   const void *x, *h, *c, *c_next, *w_ih, *w_hh;  // as above
   const void* gates;                             // [B, 4H]
-  void* dz;                                      // [B, 4H] in fp32 (fp64 for fp64)
+  void* dz;                                      // [B, gradient_stride(H)] in fp32 (fp64 for fp64)
   void *dx, *dh, *dc, *dw_ih, *dw_hh, *db;
 };
 

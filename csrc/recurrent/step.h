@@ -98,7 +98,7 @@ SEQREC_INLINE void update_cell(const LstmStep& step, const S (&z)[4][PreActivati
     Vector<T> bias{};
     if (step.b_ih) bias = load_lanes<kPartial>((const T*)step.b_ih + gate * hidden + unit, count);
     if (step.b_hh) bias = bias + load_lanes<kPartial>((const T*)step.b_hh + gate * hidden + unit, count);
-    sums[gate] = load(&z[gate][z_unit]) + bias;
+    sums[gate] = load_lanes<kPartial>(&z[gate][z_unit], count) + bias;
   }
   const int64_t at = row * hidden + unit;
   const auto activated = lstm_activate(sums[0], sums[1], sums[2], sums[3]);
@@ -166,15 +166,15 @@ void lstm_step(const LstmStep& step, int64_t begin, int64_t end, [[maybe_unused]
 template <bool kPartial, class T>
 SEQREC_INLINE void gate_gradients(const LstmStepBackward& step, int64_t row, int64_t unit, int count) {
   using S = typename Compute<T>::Scalar;
-  const int64_t hidden = step.sizes.hidden, at = row * hidden + unit, gate_at = row * 4 * hidden + unit;
-  const T* gates = (const T*)step.gates + gate_at;
+  const int64_t hidden = step.sizes.hidden, at = row * hidden + unit, dz_stride = gradient_stride(hidden);
+  const T* gates = (const T*)step.gates + row * 4 * hidden + unit;
   const LstmGates<Vector<T>> activated{
       load_lanes<kPartial>(gates, count), load_lanes<kPartial>(gates + hidden, count),
       load_lanes<kPartial>(gates + 2 * hidden, count), load_lanes<kPartial>(gates + 3 * hidden, count)};
   const auto gradient = lstm_cell_backward(
       activated, load_lanes<kPartial>((const T*)step.c + at, count), load_lanes<kPartial>((const T*)step.c_next + at, count),
       load_lanes<kPartial>((const T*)step.grad_h + at, count), load_lanes<kPartial>((const T*)step.grad_c + at, count));
-  S* dz = (S*)step.dz + gate_at;
+  S* dz = (S*)step.dz + row * dz_stride + unit;
   store_lanes<kPartial>(dz, count, gradient.dz.i);
   store_lanes<kPartial>(dz + hidden, count, gradient.dz.f);
   store_lanes<kPartial>(dz + 2 * hidden, count, gradient.dz.g);
@@ -198,14 +198,14 @@ void lstm_step_products(const LstmStepBackward& step, int64_t begin, int64_t end
   using S = typename Compute<T>::Scalar;
   constexpr int kWidth = Compute<T>::kWidth;
   const auto [rows, input, projected, hidden, scalar] = step.sizes;
-  const int64_t gates = 4 * hidden;
+  const int64_t gates = 4 * hidden, stride = gradient_stride(hidden);
   const S* dz = (const S*)step.dz;
   const T *x = (const T*)step.x, *h = (const T*)step.h, *w_ih = (const T*)step.w_ih, *w_hh = (const T*)step.w_hh;
   const Product<T> products[4] = {
-      {dz, gates, 1, w_ih, (T*)step.dx, rows, input, gates},         // dx = dz·W_ih
-      {dz, gates, 1, w_hh, (T*)step.dh, rows, projected, gates},     // dh = dz·W_hh
-      {dz, 1, gates, x, (T*)step.dw_ih, gates, input, rows},         // dW_ih = dzᵀ·x
-      {dz, 1, gates, h, (T*)step.dw_hh, gates, projected, rows},     // dW_hh = dzᵀ·h
+      {dz, stride, 1, w_ih, (T*)step.dx, rows, input, gates},         // dx = dz·W_ih
+      {dz, stride, 1, w_hh, (T*)step.dh, rows, projected, gates},     // dh = dz·W_hh
+      {dz, 1, stride, x, (T*)step.dw_ih, gates, input, rows},         // dW_ih = dzᵀ·x
+      {dz, 1, stride, h, (T*)step.dw_hh, gates, projected, rows},     // dW_hh = dzᵀ·h
   };
   for (const Product<T>& product : products)
     if (product.out) product_part(product, begin, end, kProductParts);
@@ -214,10 +214,10 @@ void lstm_step_products(const LstmStepBackward& step, int64_t begin, int64_t end
   for (int64_t v = vectors * begin / kProductParts; v < vectors * end / kProductParts; ++v) {
     const int64_t gate = v * kWidth;
     if (gate + kWidth <= gates)
-      store((T*)step.db + gate, sum_rows<false, Vector<T>>(dz + gate, gates, rows, kWidth));
+      store((T*)step.db + gate, sum_rows<false, Vector<T>>(dz + gate, stride, rows, kWidth));
     else
       store_first((T*)step.db + gate, (int)(gates - gate),
-                  sum_rows<true, Vector<T>>(dz + gate, gates, rows, (int)(gates - gate)));
+                  sum_rows<true, Vector<T>>(dz + gate, stride, rows, (int)(gates - gate)));
   }
 }
 

@@ -7,7 +7,18 @@ import sys
 
 import pytest
 
-HEAVY = ("triton", "lightning", "pytorch_lightning", "polars", "pandas", "matplotlib", "typer", "rich", "torch._dynamo", "torch._inductor")
+HEAVY = (
+    "triton",
+    "lightning",
+    "pytorch_lightning",
+    "polars",
+    "pandas",
+    "matplotlib",
+    "typer",
+    "rich",
+    "torch._dynamo",
+    "torch._inductor",
+)
 
 
 def run(code: str) -> subprocess.CompletedProcess[str]:

@@ -102,8 +102,6 @@ def test_a_tier_the_processor_lacks_is_refused(tier: int) -> None:
 def test_every_native_kernel_has_a_schema() -> None:
     """A kernel registered under a name that Python does not define would never be called."""
     registered = {
-        name.split("::")[1]
-        for name in torch._C._dispatch_get_all_op_names()
-        if name.startswith("seqrec_fast_native::")
+        name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("seqrec_fast_native::")
     }
     assert registered == {*_schema.SCHEMAS, *_schema.NATIVE_ONLY}

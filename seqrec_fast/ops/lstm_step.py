@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _dispatch
+from .. import _dispatch, _native
 from .._dispatch import Spec
 from .._operator import Operator, transforms_active
 from .._precision import current_precision
 from ..backends.reference import lstm_step as reference
-from ._checks import FLOATS, check_floating, check_shape
+from ._checks import check_floating, check_shape
 
 State = tuple[Tensor, Tensor]
 
@@ -60,16 +60,23 @@ def lstm_step(
         torch.Size([3, 16])
     """
     h, c = state
+    if inplace:
+        return _step_inplace(x, h, c, w_ih, w_hh, b_ih, b_hh)
+    if _checked_by_the_kernel(x):
+        try:
+            _check_on_cpu(h, c, w_ih, w_hh, b_ih, b_hh)
+            save = torch.is_grad_enabled() and _wants_gradient(x, h, c, w_ih, w_hh, b_ih, b_hh)
+            h_next, c_next, _ = LSTM_STEP(x, h, c, w_ih, w_hh, b_ih, b_hh, save, current_precision())
+        except (TypeError, ValueError, RuntimeError, AttributeError):
+            _check(
+                x, h, c, w_ih, w_hh, b_ih, b_hh
+            )  # the kernel refused before any work; this says which argument it was
+            raise
+        return h_next, c_next
     _check(x, h, c, w_ih, w_hh, b_ih, b_hh)
     if x.dim() == 1:
-        if inplace:
-            _step_inplace(x[None], h[None], c[None], w_ih, w_hh, b_ih, b_hh)
-            return h, c
         h_next, c_next = lstm_step(x[None], (h[None], c[None]), w_ih, w_hh, b_ih, b_hh)
         return h_next[0], c_next[0]
-    if inplace:
-        _step_inplace(x, h, c, w_ih, w_hh, b_ih, b_hh)
-        return h, c
     if not torch.compiler.is_compiling() and transforms_active():
         # functorch and forward-mode AD differentiate the plain formula: it composes with every transform.
         return reference.plain_forward(x, h, c, w_ih, w_hh, b_ih, b_hh)
@@ -78,46 +85,64 @@ def lstm_step(
     return h_next, c_next
 
 
+def _checked_by_the_kernel(x: Tensor) -> bool:
+    """Whether this call ends in the native CPU kernel, which checks its arguments: reading the shapes, dtypes and devices of seven
+    tensors in Python takes as long as the step itself."""
+    return (
+        type(x) is Tensor
+        and x.is_cpu
+        and x.dim() == 2
+        and _native.MISSING is None
+        and _dispatch.forced_backend() in ("auto", "native")
+        and not torch.compiler.is_compiling()
+        and not transforms_active()
+    )
+
+
+def _check_on_cpu(h: Tensor, c: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None) -> None:
+    """The one thing the kernel cannot check: a tensor of another device takes the call to that device's kernel instead."""
+    if not (
+        h.is_cpu
+        and c.is_cpu
+        and w_ih.is_cpu
+        and w_hh.is_cpu
+        and (b_ih is None or b_ih.is_cpu)
+        and (b_hh is None or b_hh.is_cpu)
+    ):
+        raise ValueError("lstm_step: all tensors must be on one device")
+
+
 def _wants_gradient(*tensors: Tensor | None) -> bool:
-    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    for tensor in tensors:  # noqa: SIM110  (see _operator._any_requires_grad)
+        if tensor is not None and tensor.requires_grad:
+            return True
+    return False
 
 
 def _step_inplace(
     x: Tensor, h: Tensor, c: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None
-) -> None:
-    if h.shape[-1] != c.shape[-1]:
-        raise ValueError(f"lstm_step: inplace needs h and c of one width, got {h.shape[-1]} and {c.shape[-1]}")
-    if torch.is_grad_enabled() and _wants_gradient(x, h, c, w_ih, w_hh, b_ih, b_hh):
-        raise ValueError("lstm_step: inplace=True has no gradient; use torch.no_grad() or inplace=False")
-    LSTM_STEP_INPLACE(x, h, c, w_ih, w_hh, b_ih, b_hh, current_precision())
+) -> State:
+    if not _checked_by_the_kernel(x):
+        _check(x, h, c, w_ih, w_hh, b_ih, b_hh)
+    try:
+        if x.is_cpu:
+            _check_on_cpu(h, c, w_ih, w_hh, b_ih, b_hh)
+        if h.shape[-1] != c.shape[-1]:
+            raise ValueError(f"lstm_step: inplace needs h and c of one width, got {h.shape[-1]} and {c.shape[-1]}")
+        if torch.is_grad_enabled() and _wants_gradient(x, h, c, w_ih, w_hh, b_ih, b_hh):
+            raise ValueError("lstm_step: inplace=True has no gradient; use torch.no_grad() or inplace=False")
+        batched = (x, h, c) if x.dim() == 2 else (x[None], h[None], c[None])
+        LSTM_STEP_INPLACE(*batched, w_ih, w_hh, b_ih, b_hh, current_precision())
+    except (TypeError, ValueError, RuntimeError, AttributeError):
+        _check(x, h, c, w_ih, w_hh, b_ih, b_hh)
+        raise
+    return h, c
 
 
 def _check(
     x: Tensor, h: Tensor, c: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None
 ) -> None:
-    dtype, device = getattr(x, "dtype", None), getattr(x, "device", None)
-    for tensor in (h, c, w_ih, w_hh, b_ih, b_hh):
-        if tensor is not None and (type(tensor) is int or tensor.dtype != dtype or tensor.device != device):
-            break
-    else:
-        if dtype in FLOATS and x.dim() in (1, 2) and h.dim() == x.dim() and w_ih.dim() == 2 and w_hh.dim() == 2:
-            lead, hidden = x.shape[:-1], c.shape[-1]
-            if (
-                h.shape[:-1] == lead
-                and c.shape[:-1] == lead
-                and w_ih.shape == (4 * hidden, x.shape[-1])
-                and w_hh.shape == (4 * hidden, h.shape[-1])
-                and (b_ih is None or b_ih.shape == (4 * hidden,))
-                and (b_hh is None or b_hh.shape == (4 * hidden,))
-            ):
-                return
-    _explain_mismatch(x, h, c, w_ih, w_hh, b_ih, b_hh)
-
-
-def _explain_mismatch(
-    x: Tensor, h: Tensor, c: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None
-) -> None:
-    """The slow half of the check: something is wrong; say what."""
+    """One clear sentence about the first argument that does not fit."""
     check_floating("lstm_step", x=x, h=h, c=c, w_ih=w_ih, w_hh=w_hh, b_ih=b_ih, b_hh=b_hh)
     if x.dim() not in (1, 2):
         raise ValueError(f"lstm_step: x must have shape [B, I] or [I], got {tuple(x.shape)}")

@@ -41,9 +41,7 @@ def promised(arch: int, block_b: int, dtype: torch.dtype, precision: Precision) 
 @pytest.mark.parametrize("arch", sorted(SHARED_LIMIT))
 @pytest.mark.parametrize(("dtype", "precision"), FORMS)
 @pytest.mark.parametrize("config", [config for _, config in kernels.CONFIGS], ids=lambda c: f"{c.block_b}x{c.block_h}")
-def test_forward_compiles(
-    config: kernels.StepConfig, dtype: torch.dtype, precision: Precision, arch: int
-) -> None:
+def test_forward_compiles(config: kernels.StepConfig, dtype: torch.dtype, precision: Precision, arch: int) -> None:
     pointer = "*" + NAMES[dtype]
     signature = {name: pointer if name.endswith("_ptr") else "i32" for name in kernels.lstm_step_fwd_kernel.arg_names}
     constants = {

@@ -1,0 +1,54 @@
+"""explain(), info() and clear_cache() tell and do what they say."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import seqrec_fast as sf
+from seqrec_fast import _dispatch, _native
+from seqrec_fast.info import info
+
+
+def test_explain_names_the_backend_and_the_reasons() -> None:
+    told = sf.explain("lstm_step", torch.randn(2, 3))
+    assert told.backend == ("native" if _native.MISSING is None else "reference")
+    assert told.reasons["reference"] is None
+    assert told.reasons["triton"] is not None
+    assert "lstm_step on cpu, float32: runs on" in str(told)
+    assert told.reasons["triton"] in str(told)
+
+
+def test_explain_follows_use_backend() -> None:
+    with sf.use_backend("reference"):
+        told = sf.explain("lstm_step", torch.randn(2, 3))
+        assert told.backend == "reference"
+        assert "use_backend('reference') is in force" in str(told)
+    with sf.use_backend("triton"):
+        assert sf.explain("lstm_step", torch.randn(2, 3)).backend is None
+
+
+def test_explain_refuses() -> None:
+    with pytest.raises(ValueError, match="unknown operator 'lstm_stepp'; known are .*lstm_step"):
+        sf.explain("lstm_stepp", torch.randn(1))
+    with pytest.raises(ValueError, match="no floating tensor"):
+        sf.explain("lstm_step", torch.zeros(1, dtype=torch.int64))
+
+
+def test_info_is_plain_data_and_covers_every_operator() -> None:
+    facts = info()
+    json.dumps(facts)
+    public = {name for name in _dispatch.SUPPORTS if not name.endswith(("_", "_backward"))}
+    assert set(facts["operators"]) == public
+    for devices in facts["operators"].values():
+        assert devices["cpu"]["reference"] is None
+    assert facts["cpu_tier"] == _native.CPU_TIER
+
+
+def test_clear_cache_forgets_choices() -> None:
+    sf.explain("lstm_step", torch.randn(2, 3))
+    assert _dispatch._choose.cache_info().currsize
+    sf.clear_cache()
+    assert _dispatch._choose.cache_info().currsize == 0

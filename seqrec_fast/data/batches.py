@@ -152,7 +152,7 @@ class BucketSampler(Sampler[list[int]]):
     """
 
     def __init__(
-        self, lengths: Int64Array, batch_size: int, *, seed: int = 0, shuffle: bool = True, pool: int = 8
+        self, lengths: Int64Array, batch_size: int, *, seed: int = 0, shuffle: bool = True, pool: int = 16
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -196,7 +196,7 @@ def train_loader(
     seed: int = 0,
     num_workers: int = 0,
     windows: Literal["last", "all"] = "last",
-    pool: int = 8,
+    pool: int = 16,
 ) -> DataLoader[Batch]:
     """A loader of ``Batch`` over the training histories, shuffled reproducibly by (seed, epoch).
 

@@ -156,8 +156,8 @@ def _tidy(ids: NDArray[Any]) -> NDArray[Any]:
 
 
 def _refuse_header(fields: Fields, values: NDArray[Any], path: Path) -> None:
-    """A first line of words over nothing but integers is a header, not a user."""
-    if values.dtype == np.int64 or len(values) <= 2:
+    """A first line of two words over nothing but integers is a header, not a user."""
+    if values.dtype == np.int64 or len(values) <= 2 or not all(word[0].isalpha() for word in values[:2]):
         return
     rest = Fields.of(fields.raw[int(fields.starts[2]) :])
     if rest.integers() is not None:

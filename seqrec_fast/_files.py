@@ -30,7 +30,10 @@ def written_beside(path: str | os.PathLike[str]) -> Iterator[Path]:
     # the ending is kept, since some writers choose the format by it
     part = path.with_name(f".{path.stem}.{secrets.token_hex(6)}{path.suffix}")
     try:
+        part.touch(exist_ok=False)
+        mode = part.stat().st_mode  # what the umask gives; some writers replace the file by one only its owner can read
         yield part
+        part.chmod(mode)
         with part.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(part, path)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any, Protocol, runtime_checkable
+
+import torch
 
 
 @runtime_checkable
@@ -35,36 +37,38 @@ class SharedLoader:
         rank: this process.
         world_size: number of processes.
         even: leave out the batches that do not go round.
+        epoch: gives the number of the running epoch, which seeds the shuffling; None: the loader counts for itself.
     """
 
-    def __init__(self, loader: BatchLoader, rank: int = 0, world_size: int = 1, *, even: bool) -> None:
+    def __init__(
+        self,
+        loader: BatchLoader,
+        rank: int = 0,
+        world_size: int = 1,
+        *,
+        even: bool,
+        epoch: Callable[[], int] | None = None,
+    ) -> None:
         self.loader = loader
         self.rank = rank
         self.world_size = world_size
         self.even = even
-        self.epoch = 0
+        self.epoch = epoch
         self._given = 0
         self._skip = 0
-
-    @property
-    def sampler(self) -> SharedLoader:
-        """The object whose ``set_epoch`` Lightning calls at the start of each epoch: this one."""
-        return self
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
 
     def __len__(self) -> int:
         batches = len(self.loader)
         return batches // self.world_size if self.even else len(range(self.rank, batches, self.world_size))
 
     def __iter__(self) -> Iterator[Any]:
-        # a generator: nothing below runs before the first batch is asked for, by which time set_epoch has been called
+        # a generator: nothing below runs before the first batch is asked for, when the epoch's number is known
         skip, self._skip = self._skip, 0
         self._given = skip
-        set_epoch(self.loader, self.epoch)
-        mine = islice(self.loader, self.rank, None, self.world_size)
-        for batch in islice(mine, skip, len(self)):
+        if self.epoch is not None:
+            set_epoch(self.loader, self.epoch())
+        batches = _iterator(self.loader)
+        for batch in islice(islice(batches, self.rank, None, self.world_size), skip, len(self)):
             self._given += 1
             yield batch
 
@@ -77,3 +81,14 @@ class SharedLoader:
         self._skip = state["batches"]
 
 
+def _iterator(loader: BatchLoader) -> Iterator[Any]:
+    """``iter(loader)`` without moving the random generator.
+
+    A DataLoader draws a seed for its workers from torch's generator whenever it is iterated. A resumed run iterates
+    once more than one that was not interrupted, and would then draw other dropout masks.
+    """
+    state = torch.get_rng_state()
+    try:
+        return iter(loader)
+    finally:
+        torch.set_rng_state(state)

@@ -67,10 +67,9 @@ class ResumePoint(Checkpoint):
     A Lightning ``Checkpoint``, so that it runs after the callbacks whose state it saves.
     """
 
-    def __init__(self, path: Path, interrupt: InterruptFlag, console: Console) -> None:
+    def __init__(self, path: Path, interrupt: InterruptFlag) -> None:
         self.path = path
         self.interrupt = interrupt
-        self.console = console
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         trainer.save_checkpoint(self.path)
@@ -140,8 +139,9 @@ class History(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         seconds = time.perf_counter() - self._start
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        record = {"epoch": trainer.current_epoch, **metrics, "seconds": round(seconds, 3)}
+        metrics = {name: round(float(value), 7) for name, value in trainer.callback_metrics.items()}
+        loss = pl_module.mean_loss()  # type: ignore[operator]
+        record = {"epoch": trainer.current_epoch, "loss": loss, **metrics, "seconds": round(seconds, 3)}
         self.records = [old for old in self.records if old["epoch"] < trainer.current_epoch] + [record]
         if not trainer.is_global_zero:
             return
@@ -149,7 +149,8 @@ class History(Callback):
         shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         mark = "  [green]best so far[/]" if self.best.epoch == trainer.current_epoch else ""
         place = f"{trainer.current_epoch + 1:>3}/{trainer.max_epochs}"
-        self.console.print(f"epoch {place}  {shown}  {seconds:.1f} s{mark}", highlight=False)
+        line = f"epoch {place}  loss {loss:.4f}  {shown}  {seconds:.1f} s{mark}"
+        self.console.print(line, highlight=False, soft_wrap=True)
 
     def state_dict(self) -> dict[str, Any]:
         return {"records": self.records}

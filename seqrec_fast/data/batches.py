@@ -135,7 +135,7 @@ class BucketSampler(Sampler[list[int]]):
     Every epoch the rows are permuted, cut into pools of ``pool`` batches, sorted by length inside each pool, cut into
     batches, and the batches permuted. Rows of equal length meet in new company each epoch, and padding is small.
 
-    Each ``iter()`` moves on to the next epoch; ``set_epoch`` (which Lightning calls) sets it.
+    Each pass moves on to the next epoch; ``set_epoch`` (which Lightning calls) sets it.
 
     Args:
         lengths: int64 ``[R]``.
@@ -168,21 +168,25 @@ class BucketSampler(Sampler[list[int]]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """The next ``iter()`` gives the order of this epoch."""
+        """The next pass is in the order of this epoch."""
         self.epoch = epoch
 
     def __len__(self) -> int:
         return -(-len(self.lengths) // self.batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
+        # A generator: the epoch moves on when the first batch is taken. A DataLoader with workers makes two iterators
+        # an epoch and uses one.
         epoch, self.epoch = self.epoch, self.epoch + 1
         if not self.shuffle:
-            return iter(self._cut(np.argsort(-self.lengths, kind="stable")))
+            yield from self._cut(np.argsort(-self.lengths, kind="stable"))
+            return
         random = np.random.default_rng((self.seed, epoch))
         order = random.permutation(len(self.lengths))
         pool = np.arange(len(order)) // (self.batch_size * self.pool)
         batches = self._cut(order[np.lexsort((self.lengths[order], pool))])
-        return iter([batches[number] for number in random.permutation(len(batches))])
+        for number in random.permutation(len(batches)):
+            yield batches[number]
 
     def _cut(self, order: Int64Array) -> list[list[int]]:
         return [order[start : start + self.batch_size].tolist() for start in range(0, len(order), self.batch_size)]

@@ -129,7 +129,7 @@ def leave_one_out(data: Interactions, *, short_users: Literal["train", "drop", "
     if num_short and short_users == "error":
         user = int(np.argmin(long))
         raise DataError(
-            f"{data.source}: user {data.user_ids[user]!r} has {histories.lengths[user]} interaction"
+            f"{data.source}: user {data.user_ids[user : user + 1].tolist()[0]!r} has {histories.lengths[user]} interaction"
             f"{'s' if histories.lengths[user] != 1 else ''}, leave-one-out needs {MIN_INTERACTIONS} "
             f"({num_short} such user{'s' if num_short != 1 else ''})"
         )

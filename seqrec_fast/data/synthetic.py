@@ -31,8 +31,8 @@ _SEEN_BYTES = 64 << 20  # of the table that says which user had which item
 class Recipe:
     """How a step is drawn. What the three probabilities leave over is drawn from all items by popularity.
 
-    The defaults were chosen so that an LSTM of width 64 passes the first-order Markov model within 6 epochs over the
-    default data set, and is ahead by a quarter in HR@10 after 12.
+    The defaults were chosen so that an LSTM of width 64 (Adam, 0.003) passes the first-order Markov model within 9
+    epochs over the default data set: HR@10 was 0.36 after 9 epochs and 0.39 after 12, Markov's 0.29, popularity's 0.08.
 
     Args:
         follow: probability that a step follows from the last item.
@@ -107,8 +107,9 @@ def synthetic(
     random = np.random.default_rng(seed)
     catalogue = _Catalogue(num_items, recipe or Recipe(), random)
     # the mean of exp(normal(m, s)) is exp(m + s²/2)
-    lengths = random.lognormal(np.log(mean_length) - _SPREAD**2 / 2, _SPREAD, size=num_users)
-    lengths = np.clip(np.rint(lengths), min(min_length, num_items), min(max_length, num_items)).astype(np.int64)
+    drawn = random.lognormal(np.log(mean_length) - _SPREAD**2 / 2, _SPREAD, size=num_users)
+    shortest, longest = min(min_length, num_items), min(max_length, num_items)
+    lengths: Int64Array = np.clip(np.rint(drawn), shortest, longest).astype(np.int64)
     cluster = random.integers(catalogue.recipe.clusters, size=num_users)
     block = max(1, _SEEN_BYTES // num_items)  # users who are drawn together
     items = [

@@ -33,6 +33,8 @@ def save_interactions(data: Interactions, path: str | PathLike[str]) -> None:
 
 def load_interactions(path: Path) -> Interactions:
     """Read what ``save_interactions`` wrote; DataError when it is something else."""
+    if not zipfile.is_zipfile(path):
+        raise DataError(f"{path}: not a complete file written by Interactions.save")
     try:
         with np.load(path, allow_pickle=False) as file:
             if int(file["format"]) != FORMAT:

@@ -117,6 +117,8 @@ def _read_text(path: Path, format: str, names: Sequence[str | None], polars: Any
     if format == "inter":
         _check_typed_header(path, header)
     columns = choose_columns(path, header, names, typed=format == "inter")
+    if format == "inter":
+        _check_types(path, columns)
     wanted = list(dict.fromkeys([*columns.names(), header[-1]]))  # an empty last column tells of a short line
     try:
         table = polars.read_csv(
@@ -249,6 +251,12 @@ def _check_typed_header(path: Path, header: list[str]) -> None:
                 f"{path}, line 1: {name!r} has no type; a RecBole header reads like "
                 "'user_id:token<tab>item_id:token<tab>timestamp:float'"
             )
+
+
+def _check_types(path: Path, columns: Columns) -> None:
+    for name in columns.names():
+        if name.endswith("_seq"):
+            raise DataError(f"{path}, line 1: {name!r} holds lists; a user, item or time is one value (token or float)")
 
 
 def _refuse(path: Path, line: int, what: str) -> NoReturn:

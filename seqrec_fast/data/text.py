@@ -50,6 +50,12 @@ class Fields:
         text = self.raw.split(b"\n", number + 1)[number].decode(errors="replace").strip()
         return text if len(text) <= 60 else text[:57] + "…"
 
+    def separator_hint(self, number: int) -> str:
+        """What to add to a message when the line's fields seem to be parted by something else than white space."""
+        if any(separator in self.line(number) for separator in (",", ";", "::", "|")):
+            return '; fields are parted by white space here, a table with a header is format="csv" or "tsv"'
+        return ""
+
     def integers(self) -> Int64Array | None:
         """All fields as int64 when every one is a plain integer (no leading zero or plus, ≤ 18 digits), else None."""
         text = np.frombuffer(self.raw, dtype=np.uint8)
@@ -96,7 +102,9 @@ def load_pairs(path: Path, raw: bytes, sha256: str) -> Interactions:
     bad = np.flatnonzero((counts != 2) & (counts != 0))  # blank lines are passed over
     if len(bad):
         line = int(bad[0])
-        hint = '; a file with one user a line is format="sequences"' if counts[line] > 2 else ""
+        hint = (
+            '; a file with one user a line is format="sequences"' if counts[line] > 2 else fields.separator_hint(line)
+        )
         raise DataError(
             f"{path}, line {line + 1}: expected 'user item', got {counts[line]} "
             f"field{'s' if counts[line] != 1 else ''} ({fields.line(line)!r}){hint}"
@@ -112,7 +120,9 @@ def load_sequences(path: Path, raw: bytes, sha256: str) -> Interactions:
     counts = fields.per_line()
     if (counts == 1).any():
         line = int(np.argmax(counts == 1))
-        raise DataError(f"{path}, line {line + 1}: a user without items ({fields.line(line)!r})")
+        raise DataError(
+            f"{path}, line {line + 1}: a user without items ({fields.line(line)!r}){fields.separator_hint(line)}"
+        )
     values = _values(fields, path)
     filled = np.flatnonzero(counts)
     heads = np.cumsum(counts[filled]) - counts[filled]  # the place of each line's user among the fields
@@ -123,7 +133,8 @@ def load_sequences(path: Path, raw: bytes, sha256: str) -> Interactions:
         first = int(np.flatnonzero(users == users[second])[0])
         raise DataError(
             f"{path}, line {filled[second] + 1}: user {values[heads[second]]} was on line {filled[first] + 1} already; "
-            "this format has one user a line, the user first and then its items"
+            "this format has one user a line, the user first and then its items; columns of user, item and time want a "
+            'header line and format="tsv" or "csv"'
         )
     is_item = np.ones(len(values), dtype=bool)
     is_item[heads] = False

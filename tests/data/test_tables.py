@@ -86,6 +86,7 @@ def test_named_columns(tmp_path: Path) -> None:
         ("a.csv", b"user,item\n1,2\n1,\xff\n", "line 3: column 'item' is not UTF-8 text"),
         ("a.csv", 'user,item\n1,2\n1,"3\n1,4\n', "line 3: unexpected end of data"),
         ("a.inter", "user_id\titem_id\n1\t2\n", "line 1: 'user_id' has no type; a RecBole header reads like"),
+        ("a.inter", "user_id:token\titem_id:token_seq\n1\t2 3\n", "line 1: 'item_id:token_seq' holds lists"),
         ("a.inter", "user_id:token\titem_id:token\n1\t2\n1\n", "line 3: expected 2 fields, got 1"),
         ("a.tsv", "SessionId\tItemId\tTime\n1\t2\t3\n1\t2\tx\n", "line 3: time 'x' in column 'Time'"),
         ("a.parquet", "not parquet", "a.parquet: not a readable Parquet file"),

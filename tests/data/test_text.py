@@ -109,8 +109,12 @@ def test_bad_files(tmp_path: Path, content: str | bytes, message: str) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("1 5 7\n2\n", r"line 2: a user without items \('2'\)"),
-        ("1 5 7\n\n2 5 9\n1 8 9\n", "line 4: user 1 was on line 1 already"),
+        ("1 5 7\n2\n", r"line 2: a user without items \('2'\)$"),
+        ("1,5\n1,7\n", r"line 1: a user without items \('1,5'\); fields are parted by white space here"),
+        (
+            "1 5 7\n\n2 5 9\n1 8 9\n",
+            "line 4: user 1 was on line 1 already; .* columns of user, item and time want a header",
+        ),
         ("1 5 7\n2 null 9\n", "line 2: 'null' is not an id"),
     ],
 )

@@ -32,7 +32,7 @@ class TrainingInterrupted(Exception):
     def __init__(self, checkpoint: Path | None, signal_number: int = signal.SIGINT) -> None:
         self.checkpoint = checkpoint
         self.exit_code = 128 + signal_number
-        where = f"its state is in {checkpoint}" if checkpoint else "nothing had been saved yet"
+        where = f"its last saved state is in {checkpoint}" if checkpoint else "nothing had been saved yet"
         super().__init__(f"training was interrupted; {where}")
 
 

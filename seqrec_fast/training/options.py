@@ -64,7 +64,7 @@ class FitOptions:
         optimizer: see :class:`OptimizerOptions`.
 
     Raises:
-        ValueError: for a number out of range or an unknown precision.
+        ValueError: for a number out of range, an unknown precision, or a monitor that is no HR@k, NDCG@k or MRR@k.
     """
 
     max_epochs: int = 20
@@ -82,16 +82,15 @@ class FitOptions:
             raise ValueError(f"max_epochs must be at least 1, got {self.max_epochs}")
         if self.patience < 0:
             raise ValueError(f"patience must not be negative, got {self.patience}")
+        if self.seed < 0:
+            raise ValueError(f"seed must not be negative, got {self.seed}")
+        _ = self.cutoff
         if self.precision not in ("32-true", "16-mixed", "bf16-mixed"):
             raise ValueError(f"precision must be '32-true', '16-mixed' or 'bf16-mixed', got {self.precision!r}")
 
     @property
     def cutoff(self) -> int:
-        """k of the monitored metric.
-
-        Raises:
-            ValueError: for a monitor that is no ``HR@k``, ``NDCG@k`` or ``MRR@k``.
-        """
+        """k of the monitored metric."""
         name, _, k = self.monitor.partition("@")
         if name not in ("HR", "NDCG", "MRR") or not k.isdecimal() or int(k) < 1:
             raise ValueError(f"monitor must be HR@k, NDCG@k or MRR@k, got {self.monitor!r}")

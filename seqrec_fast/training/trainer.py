@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, EarlyStopping
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from safetensors.torch import load_file
 
@@ -108,27 +109,11 @@ def fit(
 
     with quiet_lightning(), interrupt.installed():
         seed_everything(options.seed, verbose=False)
-        trainer = Trainer(
-            max_epochs=options.max_epochs,
-            accelerator=options.accelerator,
-            devices=options.devices,
-            strategy=options.strategy,
-            precision=options.precision,
-            gradient_clip_val=options.optimizer.gradient_clip or None,
-            callbacks=callbacks,
-            plugins=[_WholeFiles()],
-            default_root_dir=out,
-            logger=False,
-            enable_checkpointing=True,
-            enable_progress_bar=True,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-            use_distributed_sampler=False,
-        )
+        trainer = _trainer(options, out, callbacks)
         module = RecommenderModule(model, train, validation, options.optimizer, ks=(options.cutoff,))
         done = state is not None and _finished(state, options)
         if not done:
-            _run(trainer, module, checkpoint if resume else None)
+            _run(trainer, module, checkpoint if resume else None, checkpoint)
         else:
             assert state is not None
             best.load_state_dict(_callback_state(state, "BestModel"))
@@ -143,15 +128,49 @@ def fit(
     return FitResult(history.records, best.epoch, best.value, early, out / MODEL, checkpoint)
 
 
-def _run(trainer: Trainer, module: RecommenderModule, checkpoint: Path | None) -> None:
+def _trainer(options: FitOptions, out: Path, callbacks: list[Callback]) -> Trainer:
+    return Trainer(
+        max_epochs=options.max_epochs,
+        accelerator=options.accelerator,
+        devices=options.devices,
+        strategy=options.strategy,
+        precision=options.precision,
+        gradient_clip_val=options.optimizer.gradient_clip or None,
+        callbacks=callbacks,
+        plugins=[_WholeFiles()],
+        default_root_dir=out,
+        logger=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,  # SharedLoader deals the batches out
+    )
+
+
+def check_devices(options: FitOptions) -> None:
+    """Check that this machine can train as the options say, without writing or training anything.
+
+    Raises:
+        ValueError: naming accelerator, devices, strategy and precision, with Lightning's reason.
+    """
+    with quiet_lightning():
+        try:
+            _trainer(options, Path(), [RichProgress(Console(stderr=True)), ResumePoint(Path(), InterruptFlag())])
+        except (MisconfigurationException, ValueError, RuntimeError, ImportError) as error:
+            raise ValueError(
+                f"cannot train with accelerator={options.accelerator}, devices={options.devices}, "
+                f"strategy={options.strategy}, precision={options.precision}: {str(error).splitlines()[0]}"
+            ) from error
+
+
+def _run(trainer: Trainer, module: RecommenderModule, state: Path | None, checkpoint: Path) -> None:
     with warnings.catch_warnings():
         # RandomState and SharedLoader hold what would otherwise make a resumption inexact
         warnings.filterwarnings("ignore", message=r".*resuming from a checkpoint that ended before.*")
         try:
-            trainer.fit(module, ckpt_path=checkpoint, weights_only=True)
+            trainer.fit(module, ckpt_path=state, weights_only=True)
         except SystemExit as error:
-            # Lightning turns a KeyboardInterrupt (a second Ctrl-C) into an exit of its own
-            raise KeyboardInterrupt from error
+            # a second Ctrl-C is a KeyboardInterrupt, which Lightning turns into an exit of its own
+            raise TrainingInterrupted(checkpoint if checkpoint.exists() else None) from error
 
 
 def read_checkpoint(path: Path, model: SavedModule) -> Mapping[str, Any]:

@@ -43,6 +43,7 @@ class Signalling:
 
     def __init__(self, loader: Any, at: int, number: int = signal.SIGINT) -> None:
         self.loader, self.at, self.number, self.count = loader, at, number, 0
+        self.twice = False
 
     @property
     def sampler(self) -> Any:
@@ -56,7 +57,7 @@ class Signalling:
 
     def _batches(self, batches: Iterator[Any]) -> Iterator[Any]:
         for batch in batches:
-            if self.count == self.at:
+            if self.count == self.at or (self.twice and self.count == self.at + 1):
                 os.kill(os.getpid(), self.number)
             self.count += 1
             yield batch
@@ -167,6 +168,19 @@ def test_sigterm_counts_as_an_interrupt(split: Split, tmp_path: Path) -> None:
         run(split, tmp_path, train=train)
     assert stopped.value.exit_code == 143
     assert (tmp_path / "checkpoint.ckpt").exists()
+
+
+def test_a_second_interrupt_stops_at_once_and_keeps_the_last_state(split: Split, tmp_path: Path) -> None:
+    validation = Signalling(evaluation_loader(split, batch_size=32), 4)  # in the second validation
+    validation.twice = True
+    with pytest.raises(TrainingInterrupted) as stopped:
+        run(split, tmp_path, validation=validation)
+    assert stopped.value.checkpoint == tmp_path / "checkpoint.ckpt"
+    assert stopped.value.exit_code == 130
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert [record["epoch"] for record in json.loads((tmp_path / "history.json").read_text())] == [0]
+    assert validation.count == 5
+    run(split, tmp_path, resume=True)
 
 
 def test_more_epochs_continue_a_finished_run(

@@ -1,0 +1,206 @@
+"""The options every catalogue operator shares: what a score is, and which pairs have none.
+
+    s[r, i] = scale · row_scale[r] · (q_r · v_i) + bias[i]         −∞ where (r, i) is excluded
+
+A :class:`LogitSpec` is built once from the public keywords ``scale``, ``bias`` and ``exclude``, with every check, and travels to
+all backends as five raw arguments (``_LOGITS`` in ``_schema.py``).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+ID_DTYPES = (torch.int64, torch.int32)
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What sums are kept in: fp64 for fp64, otherwise fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True)
+class LogitSpec:
+    """The options in raw form. B query rows, I items.
+
+    Attributes:
+        scale: for every row.
+        row_scale: [B], multiplies ``scale``; the query's dtype, or wide under autocast.
+        bias: [I], not scaled; the query's dtype, or wide under autocast.
+        exclude: int32 or int64. Without ``exclude_crow``: [B, n], or [n] for every row alike, −1 is padding. With it: the column
+            ids of a compressed sparse row matrix.
+        exclude_crow: [B + 1], where each row's ids begin.
+    """
+
+    scale: float = 1.0
+    row_scale: Tensor | None = None
+    bias: Tensor | None = None
+    exclude: Tensor | None = None
+    exclude_crow: Tensor | None = None
+
+    def args(self) -> tuple[float, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """The five raw arguments, in the order of the schema."""
+        return self.scale, self.row_scale, self.bias, self.exclude, self.exclude_crow
+
+    def take_rows(self, rows: Tensor) -> LogitSpec:
+        """The options of ``rows`` (int64, ascending) alone."""
+        row_scale = None if self.row_scale is None else self.row_scale[rows]
+        exclude, crow = self.exclude, self.exclude_crow
+        if exclude is not None and crow is not None:
+            exclude, crow = take_csr_rows(crow, rows, exclude)
+        elif exclude is not None and exclude.dim() == 2:
+            exclude = exclude[rows]
+        return LogitSpec(self.scale, row_scale, self.bias, exclude, crow)
+
+    @staticmethod
+    def build(
+        operator: str,
+        query: Tensor,
+        items: Tensor,
+        *,
+        scale: float | Tensor = 1.0,
+        bias: Tensor | None = None,
+        exclude: Tensor | None = None,
+        float_dtypes: tuple[torch.dtype, ...] | None = None,
+    ) -> LogitSpec:
+        """Checks the public keywords and flattens the leading dimensions.
+
+        Args:
+            operator: for the messages.
+            query: [..., d], checked by the caller.
+            items: [I, d], checked by the caller.
+            scale, bias, exclude: as the public functions take them.
+            float_dtypes: what a tensor ``scale`` and ``bias`` may be; default: the query's dtype.
+
+        Raises:
+            TypeError: a wrong kind or dtype.
+            ValueError: a wrong shape or device.
+        """
+        lead = query.shape[:-1]
+        dtypes = float_dtypes or (query.dtype,)
+        row_scale = None
+        if isinstance(scale, Tensor):
+            check_vector(operator, "scale", scale, query, dtypes)
+            if scale.shape != lead:
+                raise ValueError(
+                    f"{operator}: a tensor scale must have the shape of the query's leading dimensions {tuple(lead)}, "
+                    f"got {tuple(scale.shape)}"
+                )
+            scale, row_scale = 1.0, scale.reshape(-1)
+        elif isinstance(scale, bool) or not isinstance(scale, (int, float)):
+            raise TypeError(f"{operator}: scale must be a float or a tensor, got {type(scale).__name__}")
+        if bias is not None:
+            check_vector(operator, "bias", bias, query, dtypes)
+            if bias.shape != items.shape[:1]:
+                raise ValueError(f"{operator}: bias must have shape [I] = ({items.shape[0]},), got {tuple(bias.shape)}")
+        ids, crow = _exclusion(operator, query, items, exclude)
+        return LogitSpec(float(scale), row_scale, bias, ids, crow)
+
+
+def check_vector(operator: str, name: str, tensor: Tensor, query: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    """A floating tensor beside the query: kind, dtype and device.
+
+    Raises:
+        TypeError, ValueError: as the public functions document.
+    """
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{operator}: {name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in dtypes:
+        raise TypeError(f"{operator}: {name} must have the query's dtype ({query.dtype}), got {tensor.dtype}")
+    check_device(operator, name, tensor, query)
+
+
+def check_device(operator: str, name: str, tensor: Tensor, query: Tensor) -> None:
+    if tensor.device != query.device:
+        raise ValueError(f"{operator}: {name} must be on the query's device ({query.device}), got {tensor.device}")
+
+
+def check_id_tensor(operator: str, name: str, ids: object, query: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    """An integer tensor of item ids: kind, dtype and device."""
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"{operator}: {name} must be a tensor of item ids, got {type(ids).__name__}")
+    if ids.dtype not in dtypes:
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{operator}: {name} must be {names}, got {ids.dtype}")
+    check_device(operator, name, ids, query)
+
+
+def csr_parts(operator: str, name: str, matrix: Tensor, query: Tensor, num_items: int) -> tuple[Tensor, Tensor]:
+    """(column ids, crow) of a ``torch.sparse_csr`` matrix [B, I]; its values are ignored.
+
+    Raises:
+        ValueError: another shape or device.
+    """
+    check_device(operator, name, matrix, query)
+    rows = math.prod(query.shape[:-1])
+    if tuple(matrix.shape) != (rows, num_items):
+        raise ValueError(
+            f"{operator}: {name} as sparse_csr must have shape [B, I] = ({rows}, {num_items}), got {tuple(matrix.shape)}"
+        )
+    return matrix.col_indices(), matrix.crow_indices()
+
+
+def is_csr(value: object) -> bool:
+    return isinstance(value, Tensor) and value.layout == torch.sparse_csr
+
+
+def _exclusion(
+    operator: str, query: Tensor, items: Tensor, exclude: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    if exclude is None:
+        return None, None
+    if is_csr(exclude):
+        return csr_parts(operator, "exclude", exclude, query, items.shape[0])
+    check_id_tensor(operator, "exclude", exclude, query, ID_DTYPES)
+    lead = query.shape[:-1]
+    if exclude.dim() == query.dim() and exclude.shape[:-1] == lead:
+        if not lead:
+            return exclude, None  # one row: its own list is that of every row
+        return exclude.reshape(math.prod(lead), exclude.shape[-1]), None
+    if exclude.dim() == 1:
+        return exclude, None
+    raise ValueError(
+        f"{operator}: exclude must have shape [n], or [..., n] with the query's leading dimensions {tuple(lead)}, "
+        f"got {tuple(exclude.shape)}"
+    )
+
+
+def take_csr_rows(crow: Tensor, rows: Tensor, *data: Tensor) -> tuple[Tensor, ...]:
+    """``rows`` (ascending) of compressed sparse row data: (data…, crow)."""
+    lengths = crow.diff()
+    kept = torch.zeros(len(lengths), dtype=torch.bool, device=crow.device)
+    kept[rows] = True
+    inside = torch.repeat_interleave(kept, lengths, output_size=data[0].shape[0])
+    return *(d[inside] for d in data), torch.nn.functional.pad(lengths[rows].cumsum(0), (1, 0))
+
+
+# Values: looked at inside the operators, on the CPU only, since a look at CUDA memory is a synchronisation.
+
+
+def check_ids(operator: str, name: str, ids: Tensor, num_items: int, *, padding: bool) -> None:
+    """Every id is in 0…I−1, or −1 where ``padding``.
+
+    Raises:
+        IndexError: the first id that is not, by value.
+    """
+    if ids.numel() == 0:
+        return
+    low, high = (int(x) for x in torch.aminmax(ids))
+    if low < (-1 if padding else 0) or high >= num_items:
+        wrong = low if low < (-1 if padding else 0) else high
+        range_ = f"0…{num_items - 1}" if num_items else "an empty catalogue, which has none"
+        extra = ", or -1 for padding" if padding else ""
+        raise IndexError(f"{operator}: {name} must hold item ids in {range_}{extra}, got {wrong}")
+
+
+def check_exclusion(operator: str, logits: LogitSpec, num_items: int) -> None:
+    """The ids of ``exclude`` are in range.
+
+    Raises:
+        IndexError: one is not.
+    """
+    if logits.exclude is not None and logits.exclude.device.type == "cpu":
+        check_ids(operator, "exclude", logits.exclude, num_items, padding=logits.exclude_crow is None)

@@ -20,6 +20,19 @@ _LOGITS = "float scale, Tensor? row_scale, Tensor? bias, Tensor? exclude, Tensor
 
 _STEP_WEIGHTS = "Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh"
 
+_LSTM_TENSORS = (
+    "Tensor x, Tensor h, Tensor c, Tensor? w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr,"
+    " Tensor? ln_ih, Tensor? ln_hh, Tensor? ln_c, Tensor? ln_c_bias"
+)
+_GRU_TENSORS = (
+    "Tensor x, Tensor h, Tensor? w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? ln_ih, Tensor? ln_hh"
+)
+# One layer in one direction; what each means is told in backends/reference/_calls.py.
+_SEQUENCE_OPTIONS = (
+    "Tensor? ids, Tensor? lengths, Tensor? reset, Tensor? seed, bool batch_first, bool reverse, bool last_only, int save,"
+    " float zoneout, float recurrent_dropout, int stream, int precision"
+)
+
 RECURRENT = {
     # x [B,I]  h [B,P]  c [B,H]  w_ih [4H,I]  w_hh [4H,P]  b [4H]  ->  h_next, c_next [B,H], gates [B,4H] ([0] unless saved)
     "lstm_step": f"(Tensor x, Tensor h, Tensor c, {_STEP_WEIGHTS}, bool save_gates, int precision)"
@@ -29,6 +42,30 @@ RECURRENT = {
     "lstm_step_backward": "(Tensor grad_h, Tensor grad_c, Tensor x, Tensor h, Tensor c, Tensor c_next, Tensor w_ih,"
     " Tensor w_hh, Tensor gates, bool[6] output_mask, int precision)"
     " -> (Tensor dx, Tensor dh, Tensor dc, Tensor dw_ih, Tensor dw_hh, Tensor db)",
+    # x [B,I]  h [B,H]  w_ih [3H,I]  w_hh [3H,H]  b [3H]  ->  h_next [B,H], gates [B,4H]: r, z, n, W_hn·h + b_hn
+    "gru_step": f"(Tensor x, Tensor h, {_STEP_WEIGHTS}, bool save_gates, int precision) -> (Tensor h_next, Tensor gates)",
+    "gru_step_": f"(Tensor x, Tensor(a!) h, {_STEP_WEIGHTS}, int precision) -> ()",
+    # output_mask and results: x, h, w_ih, w_hh, b_ih, b_hh; [0] where not asked for
+    "gru_step_backward": "(Tensor grad_h, Tensor x, Tensor h, Tensor w_ih, Tensor w_hh, Tensor gates, bool[6] output_mask,"
+    " int precision) -> (Tensor dx, Tensor dh, Tensor dw_ih, Tensor dw_hh, Tensor db_ih, Tensor db_hh)",
+    # x [T,B,I] or [B,T,I], or a table [N,I] with ids  ->  output as x, h_n [B,P], c_n [B,H], and for the backward the cell
+    # states [T,B,H] (fp32 for 16-bit x) and gates [T,B,4H] at their place in the batch, padding unspecified; [0] if not saved
+    "lstm": f"({_LSTM_TENSORS}, {_SEQUENCE_OPTIONS})"
+    " -> (Tensor output, Tensor h_n, Tensor c_n, Tensor cells, Tensor gates)",
+    # output_mask and results: x, h, c, w_ih, w_hh, b (both biases), w_hr, ln_ih, ln_hh, ln_c, ln_c_bias; [0] where not asked for
+    "lstm_backward": f"(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, {_LSTM_TENSORS}, {_SEQUENCE_OPTIONS},"
+    " Tensor output, Tensor cells, Tensor gates, bool[11] output_mask) -> (Tensor dx, Tensor dh, Tensor dc, Tensor dw_ih,"
+    " Tensor dw_hh, Tensor db, Tensor dw_hr, Tensor dln_ih, Tensor dln_hh, Tensor dln_c, Tensor dln_c_bias)",
+    # gates [T,B,4H]: r, z, n, W_hn·h + b_hn
+    "gru": f"({_GRU_TENSORS}, {_SEQUENCE_OPTIONS}) -> (Tensor output, Tensor h_n, Tensor gates)",
+    # output_mask and results: x, h, w_ih, w_hh, b_ih, b_hh, ln_ih, ln_hh; [0] where not asked for
+    "gru_backward": f"(Tensor? grad_output, Tensor? grad_h_n, {_GRU_TENSORS}, {_SEQUENCE_OPTIONS},"
+    " Tensor output, Tensor gates, bool[8] output_mask) -> (Tensor dx, Tensor dh, Tensor dw_ih, Tensor dw_hh, Tensor db_ih,"
+    " Tensor db_hh, Tensor dln_ih, Tensor dln_hh)",
+    # a seed for the dropout masks from torch's generator of that device: int64 scalar
+    "draw_seed": "(Device device) -> Tensor",
+    # x [T,B,U] or [B,T,U]  ->  x/(1 − p), 0 where (seed, row, step, unit, stream) says so; its own gradient
+    "keyed_dropout": "(Tensor x, Tensor seed, int stream, float p, bool batch_first) -> Tensor",
 }
 
 CATALOGUE = {
@@ -37,6 +74,9 @@ CATALOGUE = {
 }
 
 SCHEMAS: dict[str, str] = {**RECURRENT, **CATALOGUE}
+
+# Two draws are two draws: no pass may merge or recompute them.
+_TAGS = {"draw_seed": (torch.Tag.nondeterministic_seeded,)}
 
 # Only the native library has these: which compiled CPU tier runs.
 NATIVE_ONLY = {"highest_cpu_tier": "() -> int", "set_cpu_tier": "(int tier) -> ()"}
@@ -47,7 +87,7 @@ def _define() -> dict[str, torch.library.Library]:
     for namespace in (PUBLIC, *(f"{PUBLIC}_{backend}" for backend in BACKENDS)):
         library = torch.library.Library(namespace, "DEF")
         for name, schema in SCHEMAS.items():
-            library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+            library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag, *_TAGS.get(name, ())))
         libraries[namespace] = library
     for name, schema in NATIVE_ONLY.items():
         libraries[f"{PUBLIC}_native"].define(name + schema)

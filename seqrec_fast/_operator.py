@@ -76,7 +76,7 @@ class Operator:
             torch.library.register_fake(f"{library.ns}::{name}", fake, lib=library)
 
     def _register(self, namespace: str, implementation: Implementation) -> None:
-        LIBRARIES[namespace].impl(self.name, implementation, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+        LIBRARIES[namespace].impl(self.name, implementation, "CompositeExplicitAutograd")
 
     def register_function(self, function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
         """Make ``function`` the gradient of this operator. Usable as a class decorator.
@@ -85,8 +85,8 @@ class Operator:
         """
         self.function = function
         # Function.apply binds default arguments through inspect.signature first (15 µs); its base does not.
-        self._apply = super(torch.autograd.Function, function).apply
-        LIBRARIES[PUBLIC].impl(self.name, function.apply, "Autograd")  # type: ignore[no-untyped-call]
+        self._apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+        LIBRARIES[PUBLIC].impl(self.name, function.apply, "Autograd")
         return function
 
     def run(self, *args: Any, forced: str | None = None) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from . import __version__, _dispatch, _native
+from . import _dispatch, _native
 from ._dispatch import Spec
 
 # The versions the test suite was run with. Others inside the range of pyproject.toml are expected to work.
@@ -57,7 +57,7 @@ def info() -> dict[str, Any]:
         if not name.endswith(("_", "_backward"))
     }
     return {
-        "seqrec_fast": __version__,
+        "seqrec_fast": _version("seqrec_fast"),
         "python": sys.version.split()[0],
         "torch": torch.__version__,
         "triton": _version("triton"),

@@ -38,7 +38,7 @@ def recommendation_table(title: str, items: Sequence[Any], scores: Sequence[floa
     table.add_column("item", justify="right")
     table.add_column("score", justify="right")
     if why:
-        table.add_column("what in the history moved its score most")
+        table.add_column("moved most by (place from the history's end)")
     for place, (item, score) in enumerate(zip(items, scores, strict=True), start=1):
         table.add_row(str(place), str(item), f"{score:.3f}", *([why[place - 1]] if why else []))
     return table
@@ -50,7 +50,7 @@ def present(best: Recommendations | Explanation, row: int) -> list[int]:
 
 
 def reasons(found: Explanation, row: int, history: Sequence[Any]) -> list[str]:
-    """For each recommended item of one user, the deciding steps: ``item 17, the last (+0.42)``.
+    """For each recommended item of one user, the deciding steps: ``17 (-1) +0.42``: the last item, 17, spoke for it.
 
     Args:
         found: of ``SequenceRecommender.explain``.
@@ -61,7 +61,7 @@ def reasons(found: Explanation, row: int, history: Sequence[Any]) -> list[str]:
     for place in present(found, row):
         steps, strength = found.steps[row, place].tolist(), found.contributions[row, place].tolist()
         parts = [
-            f"{history[step]}{_how_long_ago(len(history) - step)} {value:+.2f}"
+            f"{history[step]} ({step - len(history)}) {value:+.2f}"
             for step, value in zip(steps, strength, strict=True)
             if step >= 0
         ]
@@ -79,10 +79,6 @@ def attended(found: Explanation, row: int, ids: Sequence[Any], limit: int = 5) -
             weights[item] = weights.get(item, 0.0) + share / found.attended_items.shape[1]
     largest = sorted(weights.items(), key=lambda pair: (-pair[1], pair[0]))[:limit]
     return ", ".join(f"{ids[item]} ({100 * share:.1f} %)" for item, share in largest)
-
-
-def _how_long_ago(steps: int) -> str:
-    return " (last)" if steps == 1 else f" ({steps - 1} before)"
 
 
 def info_tables(found: Mapping[str, Any]) -> list[Table]:

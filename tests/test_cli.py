@@ -102,7 +102,7 @@ def test_recommend_explains(trained: tuple[Path, Result]) -> None:
     assert result.exit_code == 0, result.output
     assert "history 101,105,109, history of 3 items" in result.stdout
     assert "history 110, history of 1 item" in result.stdout
-    assert "(last)" in result.stdout
+    assert "(-1) " in result.stdout
     assert result.stdout.count("largest attention weights: ") == 2
     (answer,) = [
         json.loads(line)
@@ -111,7 +111,7 @@ def test_recommend_explains(trained: tuple[Path, Result]) -> None:
         ).stdout.splitlines()
     ]
     assert len(answer["why"]) == 3
-    assert all(re.fullmatch(r"(\d{3} \((last|[12] before)\) [+-]\d\.\d\d(,  )?){3}", why) for why in answer["why"])
+    assert all(re.fullmatch(r"(\d{3} \(-[123]\) [+-]\d\.\d\d(,  )?){3}", why) for why in answer["why"])
 
 
 def test_a_long_history_leaves_out_what_the_model_does_not_see(pairs: Path, tmp_path: Path) -> None:

@@ -10,6 +10,12 @@ Precision = Literal["32-true", "16-mixed", "bf16-mixed"]
 Schedule = Literal["constant", "cosine"]
 
 
+# the files of a training, in its folder
+CHECKPOINT = "checkpoint.ckpt"
+MODEL = "model.safetensors"
+HISTORY = "history.json"
+
+
 @dataclass(frozen=True)
 class OptimizerOptions:
     """How the weights move.

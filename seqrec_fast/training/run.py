@@ -30,9 +30,10 @@ from seqrec_fast.models import load as load_model
 from ._lightning import require_lightning
 from .loop import evaluate
 from .metrics import Quality
+from .options import CHECKPOINT, HISTORY, MODEL
 from .settings import FREE_ON_RESUME, RunSettings
 
-RUN, DATA, MODEL, CHECKPOINT = "run.json", "data.npz", "model.safetensors", "checkpoint.ckpt"
+RUN, DATA = "run.json", "data.npz"  # and the files that `fit` writes
 FORMAT = 1
 
 
@@ -207,6 +208,12 @@ def read_record(folder: Path) -> dict[str, Any]:
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise ValueError(f"{path} was not written by this version of seqrec_fast")
     return record
+
+
+def read_history(folder: Path) -> list[dict[str, float]]:
+    """The epoch records of a run: epoch, loss, validation metrics, seconds."""
+    records: list[dict[str, float]] = read_json(folder / HISTORY)
+    return records
 
 
 def open_run(folder: str | os.PathLike[str]) -> Run:

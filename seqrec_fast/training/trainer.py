@@ -24,13 +24,9 @@ from ._lightning import quiet_lightning
 from ._loader import BatchLoader
 from .callbacks import BestModel, History, InterruptFlag, RandomState, ResumePoint, RichProgress, TrainingInterrupted
 from .module import RecommenderModule, check_same_model
-from .options import FitOptions
+from .options import CHECKPOINT, HISTORY, MODEL, FitOptions
 
 Model = TypeVar("Model", bound=SavedModule)
-
-CHECKPOINT = "checkpoint.ckpt"
-MODEL = "model.safetensors"
-HISTORY = "history.json"
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 //   dots        one row of x with one row of a weight (lanes run along k): x·Wᵀ
 //   Product     out[m][n] = Σ_k a(m, k)·b[k][n] with a(m, k) broadcast (lanes run along n): dz·W and dzᵀ·x
 //
-// The order in which one result is summed depends on k, the lane count and nothing else: not on the tile it falls into, so
-// not on the other rows of the batch, nor on how the work is split over threads.
+// The order in which one result is summed depends on k, the lane count and nothing else: not on the tile it falls into,
+// so not on the other rows of the batch, nor on how the work is split over threads.
 #pragma once
 
 #include "vector.h"
@@ -28,8 +28,8 @@ struct Compute<double> {
 template <class T>
 using Vector = typename Compute<T>::Vector;
 
-// Registers: 32 of AVX-512 and Arm hold 6 × 4 accumulators and their operands, 16 of AVX2 hold 3 × 4 (or 6 × 2). Without a
-// fused instruction the product needs a register of its own.
+// Registers: 32 of AVX-512 and Arm hold 6 × 4 accumulators and their operands, 16 of AVX2 hold 3 × 4 (or 6 × 2).
+// Without a fused instruction the product needs a register of its own.
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kDotRows = 6;
 constexpr int kProductVectors = 4;
@@ -42,7 +42,8 @@ constexpr int kProductVectors = 2;
 #endif
 constexpr int kProductRows = 6;
 
-// ---- dots -------------------------------------------------------------------------------------------------------------
+// ---- dots
+// -------------------------------------------------------------------------------------------------------------
 
 // acc[r][4g + j] += x_r · (row j of weight block g), lane by lane; a lane takes every kLanes-th k.
 template <int kRows, int kBlocks, class X, class T>
@@ -112,9 +113,11 @@ SEQREC_INLINE void store_sums(double* out, F64 a, F64 b, F64 c, F64 d) {
   out[3] = reduce_add(d);
 }
 
-// ---- Product ----------------------------------------------------------------------------------------------------------
+// ---- Product
+// ----------------------------------------------------------------------------------------------------------
 
-// A sum over k is cut into chains of this length, added in order: rounding errors grow with the chain, not with the batch.
+// A sum over k is cut into chains of this length, added in order: rounding errors grow with the chain, not with the
+// batch.
 constexpr int64_t kChain = 256;
 
 template <class T>
@@ -169,17 +172,23 @@ template <int kVectors, bool kPartial, class T>
 SEQREC_INLINE void product_rows(const Product<T>& p, int64_t row, int64_t column, int last) {
   static_assert(kProductRows == 6);
   switch (p.rows - row) {
-    case 1: return product_tile<1, kVectors, kPartial>(p, row, column, last);
-    case 2: return product_tile<2, kVectors, kPartial>(p, row, column, last);
-    case 3: return product_tile<3, kVectors, kPartial>(p, row, column, last);
-    case 4: return product_tile<4, kVectors, kPartial>(p, row, column, last);
-    case 5: return product_tile<5, kVectors, kPartial>(p, row, column, last);
-    default: return product_tile<6, kVectors, kPartial>(p, row, column, last);
+    case 1:
+      return product_tile<1, kVectors, kPartial>(p, row, column, last);
+    case 2:
+      return product_tile<2, kVectors, kPartial>(p, row, column, last);
+    case 3:
+      return product_tile<3, kVectors, kPartial>(p, row, column, last);
+    case 4:
+      return product_tile<4, kVectors, kPartial>(p, row, column, last);
+    case 5:
+      return product_tile<5, kVectors, kPartial>(p, row, column, last);
+    default:
+      return product_tile<6, kVectors, kPartial>(p, row, column, last);
   }
 }
 
-// Part begin/parts to end/parts of a product. Tiles are numbered down the rows of one column panel, then the next panel, so that
-// a part stays within few panels of b.
+// Part begin/parts to end/parts of a product. Tiles are numbered down the rows of one column panel, then the next
+// panel, so that a part stays within few panels of b.
 template <class T>
 void product_part(const Product<T>& p, int64_t begin, int64_t end, int64_t parts) {
   constexpr int kWidth = Compute<T>::kWidth;
@@ -198,17 +207,19 @@ void product_part(const Product<T>& p, int64_t begin, int64_t end, int64_t parts
   }
 }
 
-// out[n] = Σ_m a[m][n] for kWidth columns (or the first `count`): pairs of halves of 32-row chains, so the error grows with
-// log(rows) as in torch's own sum.
+// out[n] = Σ_m a[m][n] for kWidth columns (or the first `count`): pairs of halves of 32-row chains, so the error grows
+// with log(rows) as in torch's own sum.
 template <bool kPartial, class V, class S>
 V sum_rows(const S* a, int64_t stride, int64_t rows, int count) {
   if (rows <= 32) {
     V sum{};
-    for (int64_t m = 0; m < rows; ++m) sum = sum + (kPartial ? load_first(a + m * stride, count) : load(a + m * stride));
+    for (int64_t m = 0; m < rows; ++m)
+      sum = sum + (kPartial ? load_first(a + m * stride, count) : load(a + m * stride));
     return sum;
   }
   const int64_t half = (rows / 2 + 31) / 32 * 32;
-  return sum_rows<kPartial, V>(a, stride, half, count) + sum_rows<kPartial, V>(a + half * stride, stride, rows - half, count);
+  return sum_rows<kPartial, V>(a, stride, half, count) +
+         sum_rows<kPartial, V>(a + half * stride, stride, rows - half, count);
 }
 
 }  // namespace seqrec_fast::SEQREC_TIER

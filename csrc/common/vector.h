@@ -5,7 +5,8 @@
 // a fused multiply-add, max/min with a fixed NaN rule, masks as bits, and reductions in a fixed order.
 // vector_half.h adds bf16/fp16 memory formats, vector_math.h adds exp, sigmoid and tanh.
 //
-// Raw pointers only and nothing from std: a function with linkage shared between tiers could be taken from the wrong one.
+// Raw pointers only and nothing from std: a function with linkage shared between tiers could be taken from the wrong
+// one.
 #pragma once
 
 #include <stdint.h>
@@ -69,7 +70,8 @@ SEQREC_INLINE F32 broadcast(float x) { return x - F32{}; }
 SEQREC_INLINE F64 broadcast(double x) { return x - F64{}; }
 SEQREC_INLINE I32 broadcast(int32_t x) { return x - I32{}; }
 
-// ---- the first n lanes, 0 <= n <= lanes; nothing past p + n is touched, the other lanes read as zero -----------------
+// ---- the first n lanes, 0 <= n <= lanes; nothing past p + n is touched, the other lanes read as zero
+// -----------------
 
 #if defined(__AVX512F__)
 SEQREC_INLINE F32 load_first(const float* p, int n) { return (F32)_mm512_maskz_loadu_ps((1u << n) - 1u, p); }

@@ -36,7 +36,8 @@ SEQREC_INLINE void store_bits_first(void* p, int n, U16 v) {
 #endif
 }
 
-// ---- bf16: the upper half of a float ----------------------------------------------------------------------------------
+// ---- bf16: the upper half of a float
+// ----------------------------------------------------------------------------------
 
 SEQREC_INLINE F32 widen_bf16(U16 bits) { return (F32)(__builtin_convertvector(bits, U32) << 16); }
 
@@ -47,7 +48,8 @@ SEQREC_INLINE U16 narrow_bf16(F32 x) {
   return __builtin_convertvector(((rounded & ~is_nan) | (is_nan & 0x7fc00000u)) >> 16, U16);
 }
 
-// ---- fp16: by the processor where it can, else by integer steps that treat its denormals exactly -----------------------
+// ---- fp16: by the processor where it can, else by integer steps that treat its denormals exactly
+// -----------------------
 
 SEQREC_INLINE F32 widen_f16(U16 bits) {
 #if defined(__AVX512F__)
@@ -97,7 +99,8 @@ SEQREC_INLINE U16 narrow_f16(F32 x) {
 #endif
 }
 
-// ---- the same names as for float --------------------------------------------------------------------------------------
+// ---- the same names as for float
+// --------------------------------------------------------------------------------------
 
 SEQREC_INLINE F32 load(const BF16* p) { return widen_bf16(load_bits(p)); }
 SEQREC_INLINE F32 load(const F16* p) { return widen_f16(load_bits(p)); }

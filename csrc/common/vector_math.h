@@ -1,7 +1,8 @@
-// exp, sigmoid and tanh in fp32 (at most 2 units in the last place, denormal results included) and fp64 (libm, per lane).
+// exp, sigmoid and tanh in fp32 (at most 2 units in the last place, denormal results included) and fp64 (libm, per
+// lane).
 //
-// All three reduce x = n·ln2 + r with |r| <= ln2/2 and use one polynomial, e^r - 1 = r + r^2·q(r). Its degree (5, so 7 in
-// all) is the lowest whose error (2e-9 relative to e^r - 1) vanishes beside fp32 rounding; coefficients by the Remez
+// All three reduce x = n·ln2 + r with |r| <= ln2/2 and use one polynomial, e^r - 1 = r + r^2·q(r). Its degree (5, so 7
+// in all) is the lowest whose error (2e-9 relative to e^r - 1) vanishes beside fp32 rounding; coefficients by the Remez
 // exchange with weight |r|, so that tanh keeps its relative accuracy near zero.
 #pragma once
 

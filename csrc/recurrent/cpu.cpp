@@ -1,5 +1,5 @@
-// Registration of the recurrent operators for CPU tensors: allocation, threads, choice of the tier. Shapes, dtypes and devices
-// were checked in Python.
+// Registration of the recurrent operators for CPU tensors: allocation, threads, choice of the tier. Shapes, dtypes and
+// devices were checked in Python.
 #include <algorithm>
 #include <array>
 #include <cstring>
@@ -21,16 +21,20 @@
 namespace seqrec_fast {
 namespace {
 
-using torch::stable::Tensor;
 using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
 
 const RecurrentKernels& kernels() {
 #if defined(__x86_64__)
   switch (cpu_tier()) {
-    case CpuTier::kAmx: return tier_amx::recurrent_kernels;
-    case CpuTier::kAvx512: return tier_avx512::recurrent_kernels;
-    case CpuTier::kAvx2: return tier_avx2::recurrent_kernels;
-    case CpuTier::kDefault: break;
+    case CpuTier::kAmx:
+      return tier_amx::recurrent_kernels;
+    case CpuTier::kAvx512:
+      return tier_avx512::recurrent_kernels;
+    case CpuTier::kAvx2:
+      return tier_avx2::recurrent_kernels;
+    case CpuTier::kDefault:
+      break;
   }
 #endif
   return tier_default::recurrent_kernels;
@@ -38,24 +42,31 @@ const RecurrentKernels& kernels() {
 
 Scalar scalar_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
-    case ScalarType::Float: return Scalar::kFloat;
-    case ScalarType::Double: return Scalar::kDouble;
-    case ScalarType::BFloat16: return Scalar::kBFloat16;
-    case ScalarType::Half: return Scalar::kHalf;
-    default: break;
+    case ScalarType::Float:
+      return Scalar::kFloat;
+    case ScalarType::Double:
+      return Scalar::kDouble;
+    case ScalarType::BFloat16:
+      return Scalar::kBFloat16;
+    case ScalarType::Half:
+      return Scalar::kHalf;
+    default:
+      break;
   }
   throw std::invalid_argument("the recurrent operators take float16, bfloat16, float32 or float64");
 }
 
-// Straight to at::empty_strided: the boxed torch::stable::new_empty costs three times as much, and a step allocates thrice.
+// Straight to at::empty_strided: the boxed torch::stable::new_empty costs three times as much, and a step allocates
+// thrice.
 Tensor empty(std::initializer_list<int64_t> sizes, const Tensor& like) {
   std::array<int64_t, 2> strides{1, 1};
   if (sizes.size() == 2) strides[0] = std::max<int64_t>(sizes.begin()[1], 1);
   int32_t dtype = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides.data(),
-                                                         dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(),
+                                                         strides.data(), dtype, aoti_torch_device_type_cpu(), 0,
+                                                         &handle));
   return Tensor(handle);
 }
 
@@ -76,8 +87,8 @@ class Array {
   const void* data_ = nullptr;
 };
 
-// Runs task(begin, end) over [0, tasks), on as many threads as the multiply-adds are worth. A thread costs 2–3 µs to wake; half a
-// million multiply-adds take 4 µs from L1 and 11 µs where each weight is read from L2 for one row.
+// Runs task(begin, end) over [0, tasks), on as many threads as the multiply-adds are worth. A thread costs 2–3 µs to
+// wake; half a million multiply-adds take 4 µs from L1 and 11 µs where each weight is read from L2 for one row.
 template <class Task>
 void in_parallel(int64_t tasks, int64_t multiply_adds, const Task& task) {
   constexpr int64_t kWorthAThread = int64_t{1} << 19;
@@ -97,14 +108,13 @@ void run_step(const LstmStep& step) {
   if (sizes.rows == 0 || sizes.hidden == 0) return;
   const bool half = sizes.scalar == Scalar::kBFloat16 || sizes.scalar == Scalar::kHalf;
   in_parallel(step_tasks(sizes), multiply_adds(sizes), [&](int64_t begin, int64_t end) {
-    const auto wide = half ? std::make_unique_for_overwrite<float[]>(kRowBlock * (sizes.input + sizes.projected)) : nullptr;
+    const auto wide =
+        half ? std::make_unique_for_overwrite<float[]>(kRowBlock * (sizes.input + sizes.projected)) : nullptr;
     kernels().lstm_step(step, begin, end, wide.get());
   });
 }
 
-size_t width(Scalar scalar) {
-  return scalar == Scalar::kDouble ? 8 : scalar == Scalar::kFloat ? 4 : 2;
-}
+size_t width(Scalar scalar) { return scalar == Scalar::kDouble ? 8 : scalar == Scalar::kFloat ? 4 : 2; }
 
 void check_shape(const char* name, const Tensor& tensor, int64_t rows, int64_t columns) {
   check_value(tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == columns, "lstm_step: ", name,
@@ -131,29 +141,31 @@ void check_bias(const std::optional<Tensor>& bias, const Tensor& x, int64_t hidd
 
 std::tuple<Tensor, Tensor, Tensor> lstm_step(const Tensor& x, const Tensor& h, const Tensor& c, const Tensor& w_ih,
                                              const Tensor& w_hh, const std::optional<Tensor>& b_ih,
-                                             const std::optional<Tensor>& b_hh, bool save_gates, int64_t /*precision*/) {
+                                             const std::optional<Tensor>& b_hh, bool save_gates,
+                                             int64_t /*precision*/) {
   const StepSizes sizes = check_sizes(x, h, c, w_ih, w_hh);
   check_bias(b_ih, x, sizes.hidden);
   check_bias(b_hh, x, sizes.hidden);
   Tensor h_next = empty({sizes.rows, sizes.hidden}, x), c_next = empty({sizes.rows, sizes.hidden}, x);
   Tensor gates = save_gates ? empty({sizes.rows, 4 * sizes.hidden}, x) : empty({0}, x);
-  run_step({sizes, Array(x), Array(h), Array(c), Array(w_ih), Array(w_hh), Array(b_ih), Array(b_hh), h_next.mutable_data_ptr(),
-            c_next.mutable_data_ptr(), save_gates ? gates.mutable_data_ptr() : nullptr});
+  run_step({sizes, Array(x), Array(h), Array(c), Array(w_ih), Array(w_hh), Array(b_ih), Array(b_hh),
+            h_next.mutable_data_ptr(), c_next.mutable_data_ptr(), save_gates ? gates.mutable_data_ptr() : nullptr});
   return {std::move(h_next), std::move(c_next), std::move(gates)};
 }
 
-// Overwrites h and c. Every unit reads all of the former h (and of x, which may share its memory), so those are copied first;
-// c is read and written unit by unit.
+// Overwrites h and c. Every unit reads all of the former h (and of x, which may share its memory), so those are copied
+// first; c is read and written unit by unit.
 void lstm_step_(const Tensor& x, const Tensor& h, const Tensor& c, const Tensor& w_ih, const Tensor& w_hh,
                 const std::optional<Tensor>& b_ih, const std::optional<Tensor>& b_hh, int64_t /*precision*/) {
   const StepSizes sizes = check_sizes(x, h, c, w_ih, w_hh);
   check_bias(b_ih, x, sizes.hidden);
   check_bias(b_hh, x, sizes.hidden);
-  check_value(sizes.projected == sizes.hidden, "lstm_step_: h and c must have one width, got ", sizes.projected, " and ",
-              sizes.hidden);
+  check_value(sizes.projected == sizes.hidden, "lstm_step_: h and c must have one width, got ", sizes.projected,
+              " and ", sizes.hidden);
   Tensor h_next = h.is_contiguous() ? h : torch::stable::contiguous(h);
   Tensor c_next = c.is_contiguous() ? c : torch::stable::contiguous(c);
-  const size_t x_bytes = sizes.rows * sizes.input * width(sizes.scalar), h_bytes = sizes.rows * sizes.hidden * width(sizes.scalar);
+  const size_t x_bytes = sizes.rows * sizes.input * width(sizes.scalar),
+               h_bytes = sizes.rows * sizes.hidden * width(sizes.scalar);
   const auto former = std::make_unique_for_overwrite<char[]>(x_bytes + h_bytes);
   if (x_bytes != 0) std::memcpy(former.get(), Array(x), x_bytes);
   if (h_bytes != 0) std::memcpy(former.get() + x_bytes, h_next.const_data_ptr(), h_bytes);
@@ -166,7 +178,8 @@ void lstm_step_(const Tensor& x, const Tensor& h, const Tensor& c, const Tensor&
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_step_backward(
     const Tensor& grad_h, const Tensor& grad_c, const Tensor& x, const Tensor& h, const Tensor& c, const Tensor& c_next,
-    const Tensor& w_ih, const Tensor& w_hh, const Tensor& gates, const std::vector<bool>& output_mask, int64_t /*precision*/) {
+    const Tensor& w_ih, const Tensor& w_hh, const Tensor& gates, const std::vector<bool>& output_mask,
+    int64_t /*precision*/) {
   const StepSizes sizes = check_sizes(x, h, c, w_ih, w_hh);
   const auto [rows, input, projected, hidden, scalar] = sizes;
   check_shape("grad_h", grad_h, rows, hidden);
@@ -183,8 +196,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_step_backward(
   std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> results{
       result(0, {rows, input}),       result(1, {rows, projected}),       result(2, {rows, hidden}),
       result(3, {4 * hidden, input}), result(4, {4 * hidden, projected}), result(5, {4 * hidden})};
-  const auto data = [&](int index, const Tensor& tensor) { return output_mask[index] ? tensor.mutable_data_ptr() : nullptr; };
-  const auto dz = std::make_unique_for_overwrite<char[]>(rows * gradient_stride(hidden) * std::max<size_t>(width(scalar), 4));
+  const auto data = [&](int index, const Tensor& tensor) {
+    return output_mask[index] ? tensor.mutable_data_ptr() : nullptr;
+  };
+  const auto dz =
+      std::make_unique_for_overwrite<char[]>(rows * gradient_stride(hidden) * std::max<size_t>(width(scalar), 4));
   const Array grad_h_array(grad_h), grad_c_array(grad_c), x_array(x), h_array(h), c_array(c), c_next_array(c_next),
       w_ih_array(w_ih), w_hh_array(w_hh), gates_array(gates);
   const LstmStepBackward step{sizes,
@@ -205,10 +221,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_step_backward(
                               data(4, std::get<4>(results)),
                               data(5, std::get<5>(results))};
   const int64_t per_column = 4 * rows * hidden;
-  const int64_t products = per_column * (input * (output_mask[0] + output_mask[3]) + projected * (output_mask[1] + output_mask[4]));
+  const int64_t products =
+      per_column * (input * (output_mask[0] + output_mask[3]) + projected * (output_mask[1] + output_mask[4]));
   // A unit's gradients take the time of some 100 multiply-adds.
-  in_parallel(rows, rows * hidden * 100, [&](int64_t begin, int64_t end) { kernels().lstm_step_gate_gradients(step, begin, end); });
-  in_parallel(kProductParts, products, [&](int64_t begin, int64_t end) { kernels().lstm_step_products(step, begin, end); });
+  in_parallel(rows, rows * hidden * 100,
+              [&](int64_t begin, int64_t end) { kernels().lstm_step_gate_gradients(step, begin, end); });
+  in_parallel(kProductParts, products,
+              [&](int64_t begin, int64_t end) { kernels().lstm_step_products(step, begin, end); });
   return results;
 }
 

@@ -1,4 +1,5 @@
-// What registration code knows of the recurrent kernels: plain structs of raw pointers and, per CPU tier, a table of functions.
+// What registration code knows of the recurrent kernels: plain structs of raw pointers and, per CPU tier, a table of
+// functions.
 #pragma once
 
 #include <stdint.h>
@@ -34,13 +35,16 @@ struct LstmStepBackward {
   void *dx, *dh, *dc, *dw_ih, *dw_hh, *db;
 };
 
-// A step is cut into tasks of kRowBlock rows × kUnitBlock units; task = unit block · row blocks + row block, so that a run of
-// tasks touches few weights. 48 rows × 4 gates × 16 units of pre-activations (15 KiB) and four units' weights stay in L1.
+// A step is cut into tasks of kRowBlock rows × kUnitBlock units; task = unit block · row blocks + row block, so that a
+// run of tasks touches few weights. 48 rows × 4 gates × 16 units of pre-activations (15 KiB) and four units' weights
+// stay in L1.
 constexpr int kRowBlock = 48;
 constexpr int kUnitBlock = 16;
 
 static inline int64_t row_blocks(const StepSizes& s) { return (s.rows + kRowBlock - 1) / kRowBlock; }
-static inline int64_t step_tasks(const StepSizes& s) { return row_blocks(s) * ((s.hidden + kUnitBlock - 1) / kUnitBlock); }
+static inline int64_t step_tasks(const StepSizes& s) {
+  return row_blocks(s) * ((s.hidden + kUnitBlock - 1) / kUnitBlock);
+}
 
 // Every product of the backward is cut into this many parts, whatever the threads.
 constexpr int64_t kProductParts = 256;

@@ -10,8 +10,8 @@ namespace seqrec_fast::SEQREC_TIER {
 template <class T>
 constexpr bool kIsHalf = sizeof(T) == 2;
 
-// Pre-activations of one task, [row][gate][unit]. A group of four sums may be stored for the last single units of a block,
-// hence the padding.
+// Pre-activations of one task, [row][gate][unit]. A group of four sums may be stored for the last single units of a
+// block, hence the padding.
 template <class S>
 struct PreActivations {
   static constexpr int kUnits = kUnitBlock + 4;
@@ -24,7 +24,8 @@ struct StepRows {
   const S *x, *h;
 };
 
-// z of kRows rows × four units of kBlocks gates each, from gate `gate` on. unit_stride 0 computes the same unit four times.
+// z of kRows rows × four units of kBlocks gates each, from gate `gate` on. unit_stride 0 computes the same unit four
+// times.
 template <int kRows, int kBlocks, class T, class S>
 SEQREC_INLINE void gate_sums(const LstmStep& step, const StepRows<S>& rows, int64_t row, int gate, int64_t unit,
                              int unit_stride, S (*z)[4][PreActivations<S>::kUnits], int64_t z_unit) {
@@ -46,8 +47,8 @@ SEQREC_INLINE void gate_sums(const LstmStep& step, const StepRows<S>& rows, int6
 
 // As many gates at once as the registers hold: few rows would otherwise leave the multipliers waiting for each other.
 template <int kRows, class T, class S>
-SEQREC_INLINE void all_gate_sums(const LstmStep& step, const StepRows<S>& rows, int64_t row, int64_t unit, int unit_stride,
-                                 PreActivations<S>& pre, int64_t z_unit) {
+SEQREC_INLINE void all_gate_sums(const LstmStep& step, const StepRows<S>& rows, int64_t row, int64_t unit,
+                                 int unit_stride, PreActivations<S>& pre, int64_t z_unit) {
   constexpr int kAccumulators = kDotRows * 4;
   constexpr int kBlocks = kRows * 16 <= kAccumulators ? 4 : kRows * 8 <= kAccumulators ? 2 : 1;
   for (int gate = 0; gate < 4; gate += kBlocks)
@@ -56,20 +57,27 @@ SEQREC_INLINE void all_gate_sums(const LstmStep& step, const StepRows<S>& rows, 
 
 // z of every row of the task for four units (or, with unit_stride 0, for one).
 template <class T, class S>
-SEQREC_INLINE void unit_sums(const LstmStep& step, const StepRows<S>& rows, int64_t count, int64_t unit, int unit_stride,
-                             PreActivations<S>& pre, int64_t z_unit) {
+SEQREC_INLINE void unit_sums(const LstmStep& step, const StepRows<S>& rows, int64_t count, int64_t unit,
+                             int unit_stride, PreActivations<S>& pre, int64_t z_unit) {
   static_assert(kDotRows <= 6);
   int64_t row = 0;
-  for (; row + kDotRows <= count; row += kDotRows) all_gate_sums<kDotRows, T>(step, rows, row, unit, unit_stride, pre, z_unit);
+  for (; row + kDotRows <= count; row += kDotRows)
+    all_gate_sums<kDotRows, T>(step, rows, row, unit, unit_stride, pre, z_unit);
   switch (count - row) {
-    case 1: return all_gate_sums<1, T>(step, rows, row, unit, unit_stride, pre, z_unit);
-    case 2: return all_gate_sums<2, T>(step, rows, row, unit, unit_stride, pre, z_unit);
+    case 1:
+      return all_gate_sums<1, T>(step, rows, row, unit, unit_stride, pre, z_unit);
+    case 2:
+      return all_gate_sums<2, T>(step, rows, row, unit, unit_stride, pre, z_unit);
 #if defined(__AVX512F__) || defined(__aarch64__)
-    case 3: return all_gate_sums<3, T>(step, rows, row, unit, unit_stride, pre, z_unit);
-    case 4: return all_gate_sums<4, T>(step, rows, row, unit, unit_stride, pre, z_unit);
-    case 5: return all_gate_sums<5, T>(step, rows, row, unit, unit_stride, pre, z_unit);
+    case 3:
+      return all_gate_sums<3, T>(step, rows, row, unit, unit_stride, pre, z_unit);
+    case 4:
+      return all_gate_sums<4, T>(step, rows, row, unit, unit_stride, pre, z_unit);
+    case 5:
+      return all_gate_sums<5, T>(step, rows, row, unit, unit_stride, pre, z_unit);
 #endif
-    default: return;
+    default:
+      return;
   }
 }
 
@@ -90,8 +98,8 @@ SEQREC_INLINE void store_lanes(P* p, int count, V v) {
 
 // Activations and state update of `count` units of one row.
 template <bool kPartial, class T, class S>
-SEQREC_INLINE void update_cell(const LstmStep& step, const S (&z)[4][PreActivations<S>::kUnits], int64_t row, int64_t unit,
-                               int64_t z_unit, int count) {
+SEQREC_INLINE void update_cell(const LstmStep& step, const S (&z)[4][PreActivations<S>::kUnits], int64_t row,
+                               int64_t unit, int64_t z_unit, int count) {
   const int64_t hidden = step.sizes.hidden;
   Vector<T> sums[4];
   for (int gate = 0; gate < 4; ++gate) {
@@ -161,19 +169,21 @@ void lstm_step(const LstmStep& step, int64_t begin, int64_t end, [[maybe_unused]
   }
 }
 
-// ---- backward ---------------------------------------------------------------------------------------------------------
+// ---- backward
+// ---------------------------------------------------------------------------------------------------------
 
 template <bool kPartial, class T>
 SEQREC_INLINE void gate_gradients(const LstmStepBackward& step, int64_t row, int64_t unit, int count) {
   using S = typename Compute<T>::Scalar;
   const int64_t hidden = step.sizes.hidden, at = row * hidden + unit, dz_stride = gradient_stride(hidden);
   const T* gates = (const T*)step.gates + row * 4 * hidden + unit;
-  const LstmGates<Vector<T>> activated{
-      load_lanes<kPartial>(gates, count), load_lanes<kPartial>(gates + hidden, count),
-      load_lanes<kPartial>(gates + 2 * hidden, count), load_lanes<kPartial>(gates + 3 * hidden, count)};
-  const auto gradient = lstm_cell_backward(
-      activated, load_lanes<kPartial>((const T*)step.c + at, count), load_lanes<kPartial>((const T*)step.c_next + at, count),
-      load_lanes<kPartial>((const T*)step.grad_h + at, count), load_lanes<kPartial>((const T*)step.grad_c + at, count));
+  const LstmGates<Vector<T>> activated{load_lanes<kPartial>(gates, count), load_lanes<kPartial>(gates + hidden, count),
+                                       load_lanes<kPartial>(gates + 2 * hidden, count),
+                                       load_lanes<kPartial>(gates + 3 * hidden, count)};
+  const auto gradient = lstm_cell_backward(activated, load_lanes<kPartial>((const T*)step.c + at, count),
+                                           load_lanes<kPartial>((const T*)step.c_next + at, count),
+                                           load_lanes<kPartial>((const T*)step.grad_h + at, count),
+                                           load_lanes<kPartial>((const T*)step.grad_c + at, count));
   S* dz = (S*)step.dz + row * dz_stride + unit;
   store_lanes<kPartial>(dz, count, gradient.dz.i);
   store_lanes<kPartial>(dz + hidden, count, gradient.dz.f);
@@ -202,10 +212,10 @@ void lstm_step_products(const LstmStepBackward& step, int64_t begin, int64_t end
   const S* dz = (const S*)step.dz;
   const T *x = (const T*)step.x, *h = (const T*)step.h, *w_ih = (const T*)step.w_ih, *w_hh = (const T*)step.w_hh;
   const Product<T> products[4] = {
-      {dz, stride, 1, w_ih, (T*)step.dx, rows, input, gates},         // dx = dz·W_ih
-      {dz, stride, 1, w_hh, (T*)step.dh, rows, projected, gates},     // dh = dz·W_hh
-      {dz, 1, stride, x, (T*)step.dw_ih, gates, input, rows},         // dW_ih = dzᵀ·x
-      {dz, 1, stride, h, (T*)step.dw_hh, gates, projected, rows},     // dW_hh = dzᵀ·h
+      {dz, stride, 1, w_ih, (T*)step.dx, rows, input, gates},      // dx = dz·W_ih
+      {dz, stride, 1, w_hh, (T*)step.dh, rows, projected, gates},  // dh = dz·W_hh
+      {dz, 1, stride, x, (T*)step.dw_ih, gates, input, rows},      // dW_ih = dzᵀ·x
+      {dz, 1, stride, h, (T*)step.dw_hh, gates, projected, rows},  // dW_hh = dzᵀ·h
   };
   for (const Product<T>& product : products)
     if (product.out) product_part(product, begin, end, kProductParts);

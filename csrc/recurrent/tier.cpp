@@ -9,20 +9,28 @@ namespace {
 template <template <class> class Kernel, class... Arguments>
 void by_scalar(Scalar scalar, Arguments&&... arguments) {
   switch (scalar) {
-    case Scalar::kFloat: return Kernel<float>::run(arguments...);
-    case Scalar::kDouble: return Kernel<double>::run(arguments...);
-    case Scalar::kBFloat16: return Kernel<BF16>::run(arguments...);
-    case Scalar::kHalf: return Kernel<F16>::run(arguments...);
+    case Scalar::kFloat:
+      return Kernel<float>::run(arguments...);
+    case Scalar::kDouble:
+      return Kernel<double>::run(arguments...);
+    case Scalar::kBFloat16:
+      return Kernel<BF16>::run(arguments...);
+    case Scalar::kHalf:
+      return Kernel<F16>::run(arguments...);
   }
 }
 
 template <class T>
 struct Step {
-  static void run(const LstmStep& step, int64_t begin, int64_t end, float* wide) { lstm_step<T>(step, begin, end, wide); }
+  static void run(const LstmStep& step, int64_t begin, int64_t end, float* wide) {
+    lstm_step<T>(step, begin, end, wide);
+  }
 };
 template <class T>
 struct GateGradients {
-  static void run(const LstmStepBackward& step, int64_t begin, int64_t end) { lstm_step_gate_gradients<T>(step, begin, end); }
+  static void run(const LstmStepBackward& step, int64_t begin, int64_t end) {
+    lstm_step_gate_gradients<T>(step, begin, end);
+  }
 };
 template <class T>
 struct Products {

@@ -56,10 +56,9 @@ class use_backend:
 
     Example:
         >>> import torch, seqrec_fast as sf
-        >>> x, h = torch.randn(2, 8), torch.randn(2, 8)
-        >>> cell = sf.LSTMCell(8, 8)
+        >>> x, h, w = torch.randn(2, 8), torch.randn(2, 8), torch.randn(32, 8)
         >>> with sf.use_backend("reference"):
-        ...     h1, c1 = cell(x, (h, h))
+        ...     h_next, c_next = sf.lstm_step(x, (h, h), w, w)
     """
 
     def __init__(self, name: str) -> None:

@@ -24,9 +24,7 @@ _LSTM_TENSORS = (
     "Tensor x, Tensor h, Tensor c, Tensor? w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr,"
     " Tensor? ln_ih, Tensor? ln_hh, Tensor? ln_c, Tensor? ln_c_bias"
 )
-_GRU_TENSORS = (
-    "Tensor x, Tensor h, Tensor? w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? ln_ih, Tensor? ln_hh"
-)
+_GRU_TENSORS = "Tensor x, Tensor h, Tensor? w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? ln_ih, Tensor? ln_hh"
 # One layer in one direction; what each means is told in backends/reference/_calls.py.
 _SEQUENCE_OPTIONS = (
     "Tensor? ids, Tensor? lengths, Tensor? reset, Tensor? seed, bool batch_first, bool reverse, bool last_only, int save,"
@@ -68,9 +66,42 @@ RECURRENT = {
     "keyed_dropout": "(Tensor x, Tensor seed, int stream, float p, bool batch_first) -> Tensor",
 }
 
+# Targets of cross-entropy: [B] int64; or [B,P] padded with -1, or ids and where each row's begin (crow [B+1]), with weights.
+_TARGETS = "Tensor target, Tensor? target_weights, Tensor? target_crow"
+_LOSS = "int ignore_index, float label_smoothing, Tensor? smoothing_prior"
+
 CATALOGUE = {
     # query [B,d]  items [I,d]  target [B] int64  ->  [B] int64
     "catalogue_rank": f"(Tensor query, Tensor items, Tensor target, {_LOGITS}, int ignore_index) -> Tensor",
+    # ->  values [B,k] fp32 (fp64), indices [B,k] int64
+    "catalogue_topk": f"(Tensor query, Tensor items, SymInt k, {_LOGITS}) -> (Tensor values, Tensor indices)",
+    # output_mask and results, here and below: query, items, row_scale, bias; [0] where not asked for
+    "catalogue_topk_backward": "(Tensor grad_values, Tensor indices, Tensor query, Tensor items, float scale,"
+    " Tensor? row_scale, Tensor? bias, bool[4] output_mask)"
+    " -> (Tensor dquery, Tensor ditems, Tensor drow_scale, Tensor dbias)",
+    # query [B,d]  keys [I,d]  values [I,d_v] (None: keys)  ->  context [B,d_v], lse [B,heads] fp32 (fp64)
+    "catalogue_attention": f"(Tensor query, Tensor keys, Tensor? values, SymInt num_heads, {_LOGITS}, int precision)"
+    " -> (Tensor context, Tensor lse)",
+    # without values, dkeys holds both roles of the keys and dvalues is [0]
+    "catalogue_attention_backward": "(Tensor grad_context, Tensor grad_lse, Tensor context, Tensor lse, Tensor query,"
+    f" Tensor keys, Tensor? values, SymInt num_heads, {_LOGITS}, bool[5] output_mask, int precision)"
+    " -> (Tensor dquery, Tensor dkeys, Tensor dvalues, Tensor drow_scale, Tensor dbias)",
+    # ->  loss, lse [B] fp32 (fp64); with save_context: context [B,d] (sum of p v), and with smoothing mean_vectors [B,d] (sum of
+    # u v), else [0]. sparse_grad, skip_mass and skipped ([B], written by the backward) concern the gradient alone.
+    "catalogue_cross_entropy": f"(Tensor query, Tensor items, {_TARGETS}, {_LOGITS}, {_LOSS}, float skip_mass,"
+    " Tensor? skipped, bool sparse_grad, bool save_context, bool every_lse, int precision)"
+    " -> (Tensor loss, Tensor lse, Tensor context, Tensor mean_vectors)",
+    "catalogue_cross_entropy_backward": "(Tensor grad_loss, Tensor grad_lse, Tensor lse, Tensor context,"
+    f" Tensor mean_vectors, Tensor query, Tensor items, {_TARGETS}, {_LOGITS}, {_LOSS}, float skip_mass,"
+    " bool[4] output_mask, int precision)"
+    " -> (Tensor dquery, Tensor ditems, Tensor drow_scale, Tensor dbias, Tensor skipped)",
+    # negatives [n] for every row, or [B,n], -1 is padding; negatives_log_q of their shape  ->  loss, lse [B] fp32 (fp64)
+    "catalogue_sampled_cross_entropy": f"(Tensor query, Tensor items, {_TARGETS}, Tensor negatives,"
+    f" Tensor? negatives_log_q, {_LOGITS}, {_LOSS}, bool sparse_grad, int precision) -> (Tensor loss, Tensor lse)",
+    # the gradients of items and bias by touched item: ids [m] (-1: none), drows [m,d], dcoefficients [m]; targets come first
+    "catalogue_sampled_cross_entropy_backward": "(Tensor grad_loss, Tensor grad_lse, Tensor query, Tensor items,"
+    f" {_TARGETS}, Tensor negatives, Tensor? negatives_log_q, {_LOGITS}, {_LOSS}, bool[4] output_mask, int precision)"
+    " -> (Tensor dquery, Tensor ids, Tensor drows, Tensor drow_scale, Tensor dcoefficients)",
 }
 
 SCHEMAS: dict[str, str] = {**RECURRENT, **CATALOGUE}

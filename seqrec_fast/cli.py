@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -129,7 +130,8 @@ def train(
     from seqrec_fast.training import require_lightning, run
     from seqrec_fast.training import settings as names
 
-    console = Console(stderr=True)
+    # Lightning starts the other processes of a multi-device training with this command, and numbers them
+    console = Console(stderr=True, quiet=int(os.environ.get("LOCAL_RANK", "0")) > 0)
     if resume and overwrite:
         raise Failure("--resume and --overwrite exclude each other")
     with explained():
@@ -155,8 +157,9 @@ def train(
         raise typer.Exit(stop.exit_code) from stop
     except OSError as error:  # a full disk, a folder that went away
         raise Failure(str(error)) from error
-    Console().print(quality_table(quality))
-    console.print(f"the weights are in {out / run.MODEL}", highlight=False, soft_wrap=True)
+    if quality:
+        Console().print(quality_table(quality))
+        console.print(f"the weights are in {out / run.MODEL}", highlight=False, soft_wrap=True)
 
 
 @command

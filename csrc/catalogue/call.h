@@ -1,5 +1,5 @@
-// What the registration (cpu.cpp) hands to the kernels (tier.cpp). Plain data only: this header is compiled into every CPU
-// tier, so it must not hold a function that could be shared between them.
+// What the registration (cpu.cpp) hands to the kernels (tier.cpp). Plain data only: this header is compiled into every
+// CPU tier, so it must not hold a function that could be shared between them.
 #pragma once
 
 #include <stdint.h>
@@ -19,7 +19,8 @@ struct VectorView {
   int64_t stride = 0;
 };
 
-// One list of ids per row: ids[begin[r]] … ids[begin[r + 1] - 1]; or, where `begin` is null, `width` ids a row with -1 as padding.
+// One list of ids per row: ids[begin[r]] … ids[begin[r + 1] - 1]; or, where `begin` is null, `width` ids a row with -1
+// as padding.
 struct IdLists {
   const void* ids = nullptr;  // null: no lists
   bool ids_are_64 = true;
@@ -35,9 +36,9 @@ struct RankCall {
   MatrixView query;              // [B, d]
   MatrixView items;              // [I, d]
   double scale = 1.0;
-  VectorView row_scale;          // [B] times scale
-  VectorView bias;               // [I]
-  VectorView target;             // [B] int64, in range for every row below
+  VectorView row_scale;           // [B] times scale
+  VectorView bias;                // [I]
+  VectorView target;              // [B] int64, in range for every row below
   const int64_t* rows = nullptr;  // [num_rows] the rows of query that are ranked: those not ignored
   int64_t num_rows = 0;
   const int64_t* skipped = nullptr;  // [num_skipped] ascending ids that are excluded for every row
@@ -58,13 +59,13 @@ struct RankKernels {
   RankPlan (*plan)(const RankCall&);
   // goal[begin … end).
   void (*target_scores)(const RankCall&, int64_t begin, int64_t end);
-  // Writes the excluded ids that rank above the target of rows[index], duplicates included, and returns how many there are.
-  // `above` has room for one more than the row's list; `query` for d floats. An id out of range stops it: then *bad is that id,
-  // and -1 is returned.
+  // Writes the excluded ids that rank above the target of rows[index], duplicates included, and returns how many there
+  // are. `above` has room for one more than the row's list; `query` for d floats. An id out of range stops it: then
+  // *bad is that id, and -1 is returned.
   int64_t (*excluded_above)(const RankCall&, int64_t index, float* query, int64_t* above, int64_t* bad);
   // Adds, for each of rows[first_row …], how many of the items first_item … rank above the row's target.
-  void (*count)(const RankCall&, const RankPlan&, int64_t first_row, int64_t num_rows, int64_t first_item, int64_t num_items,
-                void* scratch);
+  void (*count)(const RankCall&, const RankPlan&, int64_t first_row, int64_t num_rows, int64_t first_item,
+                int64_t num_items, void* scratch);
 };
 
 namespace tier_default {

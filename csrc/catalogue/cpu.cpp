@@ -30,16 +30,21 @@ using torch::stable::Tensor;
 RankKernels kernels() {
 #if defined(__x86_64__)
   switch (cpu_tier()) {
-    case CpuTier::kAmx: return tier_amx::rank_kernels();
-    case CpuTier::kAvx512: return tier_avx512::rank_kernels();
-    case CpuTier::kAvx2: return tier_avx2::rank_kernels();
-    default: break;
+    case CpuTier::kAmx:
+      return tier_amx::rank_kernels();
+    case CpuTier::kAvx512:
+      return tier_avx512::rank_kernels();
+    case CpuTier::kAvx2:
+      return tier_avx2::rank_kernels();
+    default:
+      break;
   }
 #endif
   return tier_default::rank_kernels();
 }
 
-// Ranks are the same everywhere, so a thread that was told to flush denormals (torch.set_flush_denormal) stops doing so here.
+// Ranks are the same everywhere, so a thread that was told to flush denormals (torch.set_flush_denormal) stops doing so
+// here.
 class KeepDenormals {
  public:
 #if defined(__x86_64__)
@@ -60,15 +65,21 @@ class KeepDenormals {
 #endif
 };
 
-// ---- reading the arguments --------------------------------------------------------------------------------------------
+// ---- reading the arguments
+// --------------------------------------------------------------------------------------------
 
 Format format_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
-    case ScalarType::Float: return Format::kF32;
-    case ScalarType::Double: return Format::kF64;
-    case ScalarType::BFloat16: return Format::kBF16;
-    case ScalarType::Half: return Format::kF16;
-    default: break;
+    case ScalarType::Float:
+      return Format::kF32;
+    case ScalarType::Double:
+      return Format::kF64;
+    case ScalarType::BFloat16:
+      return Format::kBF16;
+    case ScalarType::Half:
+      return Format::kF16;
+    default:
+      break;
   }
   throw std::invalid_argument("catalogue_rank: query must be float16, bfloat16, float32 or float64");
 }
@@ -87,11 +98,12 @@ void check_integer(const char* name, const Tensor& ids) {
 
 [[noreturn]] void bad_id(const char* name, int64_t items, bool padded, int64_t id) {
   const std::string range = items ? message("0…", items - 1) : "an empty catalogue, which has none";
-  throw std::out_of_range(message("catalogue_rank: ", name, " must hold item ids in ", range, padded ? ", or -1 for padding" : "",
-                                  ", got ", id));
+  throw std::out_of_range(message("catalogue_rank: ", name, " must hold item ids in ", range,
+                                  padded ? ", or -1 for padding" : "", ", got ", id));
 }
 
-// The operator's arguments, checked as far as memory safety needs it (the public function has checked, and says it better).
+// The operator's arguments, checked as far as memory safety needs it (the public function has checked, and says it
+// better).
 struct Arguments {
   Tensor query, items, target;
   std::optional<Tensor> row_scale, bias, exclude, exclude_crow;
@@ -99,14 +111,16 @@ struct Arguments {
   void check() const {
     check_value(query.dim() == 2 && items.dim() == 2 && query.size(1) == items.size(1),
                 "catalogue_rank: query [B, d] and items [I, d] must be matrices of one width");
-    check_value(target.dim() == 1 && target.size(0) == query.size(0), "catalogue_rank: target must have one id per row");
+    check_value(target.dim() == 1 && target.size(0) == query.size(0),
+                "catalogue_rank: target must have one id per row");
     check_value(target.scalar_type() == ScalarType::Long, "catalogue_rank: target must be int64");
     const auto same_type = [&](const Tensor& tensor) { return tensor.scalar_type() == query.scalar_type(); };
     check_value(same_type(items) && (!row_scale || same_type(*row_scale)) && (!bias || same_type(*bias)),
                 "catalogue_rank: query, items, scale and bias must share one dtype");
     check_value(!row_scale || (row_scale->dim() == 1 && row_scale->size(0) == query.size(0)),
                 "catalogue_rank: scale must have one entry per row");
-    check_value(!bias || (bias->dim() == 1 && bias->size(0) == items.size(0)), "catalogue_rank: bias must have one entry per item");
+    check_value(!bias || (bias->dim() == 1 && bias->size(0) == items.size(0)),
+                "catalogue_rank: bias must have one entry per item");
     if (exclude) check_exclude();
   }
 
@@ -186,13 +200,14 @@ void check_ignored_lists(const RankCall& call, int64_t all_rows) {
   }
 }
 
-// ---- work -------------------------------------------------------------------------------------------------------------
+// ---- work
+// -------------------------------------------------------------------------------------------------------------
 
 // About 10 µs of scanning: less than that is not worth waking a thread for.
 constexpr int64_t kProductsPerThread = int64_t{1} << 20;
 
-// How many different ids a list holds: a hash table twice the list's size, which for a usual history stays in L1 (sorting takes
-// ten times as long).
+// How many different ids a list holds: a hash table twice the list's size, which for a usual history stays in L1
+// (sorting takes ten times as long).
 class DistinctIds {
  public:
   int64_t count(const int64_t* ids, int64_t n) {
@@ -220,7 +235,8 @@ void prepare_rows(const RankCall& call, const RankKernels& kernel) {
   std::mutex mutex;
   int64_t bad_index = call.num_rows, bad = 0;
   const int64_t listed = call.excluded.begin ? 64 : call.excluded.ids ? call.excluded.width : 0;
-  const int64_t grain = std::max<int64_t>(1, kProductsPerThread / 16 / (std::max<int64_t>(call.width, 1) * (1 + listed / 8)));
+  const int64_t grain =
+      std::max<int64_t>(1, kProductsPerThread / 16 / (std::max<int64_t>(call.width, 1) * (1 + listed / 8)));
   torch::stable::parallel_for(0, call.num_rows, grain, [&](int64_t begin, int64_t end) {
     const KeepDenormals keep;
     kernel.target_scores(call, begin, end);
@@ -249,14 +265,15 @@ struct FreeAligned {
   void operator()(void* memory) const { ::operator delete(memory, std::align_val_t{64}); }
 };
 
-// Tasks are groups of rows × runs of chunks, about eight a thread so that a thread that was held up does little of the rest.
-// Threads take the next one as they finish: counts are whole numbers, so who did what leaves no trace.
+// Tasks are groups of rows × runs of chunks, about eight a thread so that a thread that was held up does little of the
+// rest. Threads take the next one as they finish: counts are whole numbers, so who did what leaves no trace.
 void count_tasks(const RankCall& call, const RankKernels& kernel) {
   const RankPlan plan = kernel.plan(call);
   const int64_t groups = (call.num_rows + plan.group_rows - 1) / plan.group_rows;
   const int64_t chunks = (call.num_items + plan.chunk_items - 1) / plan.chunk_items;
   const int64_t lanes = std::max<int64_t>(call.num_rows, 16);  // a row alone costs as much as a register of them
-  const double products = static_cast<double>(lanes) * static_cast<double>(call.num_items) * static_cast<double>(call.width + 8);
+  const double products =
+      static_cast<double>(lanes) * static_cast<double>(call.num_items) * static_cast<double>(call.width + 8);
   const int64_t available = static_cast<int64_t>(torch::stable::get_num_threads());
   const int64_t threads = std::clamp<int64_t>(static_cast<int64_t>(products / kProductsPerThread), 1, available);
   int64_t runs = threads == 1 ? 1 : (8 * threads + groups - 1) / groups;
@@ -279,16 +296,16 @@ void count_tasks(const RankCall& call, const RankKernels& kernel) {
       const int64_t first_row = task / runs * plan.group_rows, run = task % runs;
       const int64_t first_item = chunks * run / runs * plan.chunk_items;
       const int64_t last_item = std::min(call.num_items, chunks * (run + 1) / runs * plan.chunk_items);
-      kernel.count(call, plan, first_row, std::min(plan.group_rows, call.num_rows - first_row), first_item, last_item - first_item,
-                   scratch.get());
+      kernel.count(call, plan, first_row, std::min(plan.group_rows, call.num_rows - first_row), first_item,
+                   last_item - first_item, scratch.get());
     }
   });
   if (out_of_memory) throw std::bad_alloc();
 }
 
-Tensor catalogue_rank(const Tensor& query, const Tensor& items, const Tensor& target, double scale, std::optional<Tensor> row_scale,
-                      std::optional<Tensor> bias, std::optional<Tensor> exclude, std::optional<Tensor> exclude_crow,
-                      int64_t ignore_index) {
+Tensor catalogue_rank(const Tensor& query, const Tensor& items, const Tensor& target, double scale,
+                      std::optional<Tensor> row_scale, std::optional<Tensor> bias, std::optional<Tensor> exclude,
+                      std::optional<Tensor> exclude_crow, int64_t ignore_index) {
   const Arguments arguments{query, items, target, row_scale, bias, exclude, exclude_crow};
   arguments.check();
   const int64_t batch = query.size(0);
@@ -342,4 +359,6 @@ Tensor catalogue_rank(const Tensor& query, const Tensor& items, const Tensor& ta
 }  // namespace
 }  // namespace seqrec_fast
 
-STABLE_TORCH_LIBRARY_IMPL(seqrec_fast_native, CPU, m) { m.impl("catalogue_rank", TORCH_BOX(&seqrec_fast::catalogue_rank)); }
+STABLE_TORCH_LIBRARY_IMPL(seqrec_fast_native, CPU, m) {
+  m.impl("catalogue_rank", TORCH_BOX(&seqrec_fast::catalogue_rank));
+}

@@ -1,5 +1,5 @@
-// Scores as the ranking defines them: fp64 dot product in ascending k, times scale, plus bias, without contraction, rounded
-// once to fp32 (not for fp64 input). The same bits on every tier: lanes are pairs, never parts of a sum.
+// Scores as the ranking defines them: fp64 dot product in ascending k, times scale, plus bias, without contraction,
+// rounded once to fp32 (not for fp64 input). The same bits on every tier: lanes are pairs, never parts of a sum.
 #pragma once
 
 #include "catalogue/tile.h"
@@ -54,7 +54,8 @@ struct Pairs {
     for (int64_t k = 0; k < call.width; ++k)
 #pragma GCC unroll 4
       for (int j = 0; j < kPairs; ++j)
-        sum[j] += static_cast<double>(value(query[j][k * query_step])) * static_cast<double>(value(weights[j][k * item_step]));
+        sum[j] += static_cast<double>(value(query[j][k * query_step])) *
+                  static_cast<double>(value(weights[j][k * item_step]));
     for (int j = 0; j < count; ++j) {
       double s = sum[j] * scale_of<T>(call, row[j]);
       if (call.bias.data) s += static_cast<double>(at<T>(call.bias, item[j]));
@@ -68,11 +69,11 @@ constexpr int kExactVectors = kLanes / kLanes64;
 static_assert(kExactVectors == 2);
 
 struct ExactRows {
-  double* panel;         // [width][kLanes]
+  double* panel;  // [width][kLanes]
   double scale[kLanes];
   double score[kLanes];  // the goals
   int64_t id[kLanes];
-  int64_t first;         // which rows the panel holds, -1: none
+  int64_t first;  // which rows the panel holds, -1: none
 };
 
 struct ExactItems {
@@ -129,7 +130,8 @@ SEQREC_INLINE F64 rounded(F64 score) {
 
 // above[lane] += how many of the (padded) items rank above the lane's goal.
 template <class T>
-__attribute__((noinline)) void count_exact(const ExactRows& rows, const ExactItems& items, int64_t width, int64_t* above) {
+__attribute__((noinline)) void count_exact(const ExactRows& rows, const ExactItems& items, int64_t width,
+                                           int64_t* above) {
   I64 count[kExactVectors]{};
   for (int64_t first = 0; first < items.count; first += kTile) {
     F64 sum[kTile][kExactVectors]{};

@@ -1,7 +1,7 @@
 // The exclusion list of one row: which of its ids rank above the row's target.
 //
-// The scan counts excluded pairs like all others, and they are taken off afterwards: the hot loop knows nothing of exclusion,
-// and a list costs as much as scoring its own ids.
+// The scan counts excluded pairs like all others, and they are taken off afterwards: the hot loop knows nothing of
+// exclusion, and a list costs as much as scoring its own ids.
 #pragma once
 
 #include "catalogue/exact.h"
@@ -36,9 +36,9 @@ QuickQuery quick_query(const RankCall& call, int64_t row, double goal, float* to
   return quick;
 }
 
-// A register of excluded items against one row, as in the scan but with the terms Σ|q'ₖwₖ| themselves in place of the product of
-// norms. The order of the sum is another, which the bound does not mind; nothing overflows where |Σ| + |bias| is finite, and
-// underflow is at most 2^-150 a step.
+// A register of excluded items against one row, as in the scan but with the terms Σ|q'ₖwₖ| themselves in place of the
+// product of norms. The order of the sum is another, which the bound does not mind; nothing overflows where |Σ| +
+// |bias| is finite, and underflow is at most 2^-150 a step.
 struct Places {
   uint32_t above;      // bit j: item j ranks above the target
   uint32_t undecided;  // bit j: fp64 must decide
@@ -161,11 +161,11 @@ struct ListAbove {
   }
 };
 
-// Into `above`, with room for one id more than the list has: the ids that rank above the row's target, in no particular order
-// and as often as they are listed.
+// Into `above`, with room for one id more than the list has: the ids that rank above the row's target, in no particular
+// order and as often as they are listed.
 template <class T, class Id>
-int64_t list_above(const RankCall& call, int64_t index, const Id* ids, int64_t begin, int64_t end, float* scratch, int64_t* above,
-                   int64_t* bad) {
+int64_t list_above(const RankCall& call, int64_t index, const Id* ids, int64_t begin, int64_t end, float* scratch,
+                   int64_t* above, int64_t* bad) {
   const int64_t row = call.rows[index];
   const Goal goal = goal_of<T>(call, index);
   const int64_t target = static_cast<const int64_t*>(call.target.data)[row * call.target.stride];

@@ -1,7 +1,8 @@
 // One task of the counting scan: a group of rows meets a run of items, chunk by chunk.
 //
-// Every pair (row, item) is scored in fp32 FMA and compared with the row's goal; the few inside the error band of reducers.h are
-// decided as the ranking is defined, in fp64. Rows and items outside the band's preconditions are decided in fp64 throughout.
+// Every pair (row, item) is scored in fp32 FMA and compared with the row's goal; the few inside the error band of
+// reducers.h are decided as the ranking is defined, in fp64. Rows and items outside the band's preconditions are
+// decided in fp64 throughout.
 #pragma once
 
 #include "catalogue/exact.h"
@@ -13,7 +14,8 @@ constexpr int64_t kPairBuffer = 512;
 
 SEQREC_INLINE int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
-// ---- scratch ----------------------------------------------------------------------------------------------------------
+// ---- scratch
+// ----------------------------------------------------------------------------------------------------------
 
 struct Scratch {
   int64_t* packed;  // [1] 1 + the first row of the group the panel holds; 0: none
@@ -22,15 +24,15 @@ struct Scratch {
   int64_t* total;   // [group + kLanes] counts of this task
   float* panel;     // see Panel
   Counters counters;
-  float* staged;  // [chunk, width] items as contiguous fp32, unless they are that already
-  float* start;   // [chunk] bias, or NaN: not scanned
-  TileBand* band;  // [chunk / kTile]
-  float* squares;  // [chunk] at least the squared norm of each item
-  int64_t* special;  // [chunk] items decided in fp64 for every row
+  float* staged;       // [chunk, width] items as contiguous fp32, unless they are that already
+  float* start;        // [chunk] bias, or NaN: not scanned
+  TileBand* band;      // [chunk / kTile]
+  float* squares;      // [chunk] at least the squared norm of each item
+  int64_t* special;    // [chunk] items decided in fp64 for every row
   int64_t* pair_slot;  // [kPairBuffer] undecided pairs
   int64_t* pair_item;
   ExactRows* exact_rows;  // [kWide] a block of the scan is kWide blocks in fp64
-  ExactItems items;  // [chunk]
+  ExactItems items;       // [chunk]
 };
 
 // With base null only the size is computed.
@@ -70,12 +72,13 @@ int64_t carve(const RankCall& call, const RankPlan& plan, void* base, Scratch& s
   return used;
 }
 
-// Half of a 1 MiB L2 for the queries of a group, 64 KiB for the items that meet them: on a 2 MiB L2 other sizes from half to
-// twice these change the time by less than 2 %.
+// Half of a 1 MiB L2 for the queries of a group, 64 KiB for the items that meet them: on a 2 MiB L2 other sizes from
+// half to twice these change the time by less than 2 %.
 RankPlan make_plan(const RankCall& call) {
   const int64_t row_bytes = 4 * most(call.width, 1);
   RankPlan plan;
-  plan.group_rows = least(round_up(most(call.num_rows, 1), kBlock), most((int64_t{1} << 19) / row_bytes / kBlock, 1) * kBlock);
+  plan.group_rows =
+      least(round_up(most(call.num_rows, 1), kBlock), most((int64_t{1} << 19) / row_bytes / kBlock, 1) * kBlock);
   plan.chunk_items = most(least((int64_t{1} << 16) / row_bytes, 1024) / kTile, 1) * kTile;
   plan.chunk_items = least(plan.chunk_items, round_up(most(call.num_items, 1), kTile));
   Scratch unused;
@@ -83,7 +86,8 @@ RankPlan make_plan(const RankCall& call) {
   return plan;
 }
 
-// ---- one task: a group of rows × a run of items -----------------------------------------------------------------------
+// ---- one task: a group of rows × a run of items
+// -----------------------------------------------------------------------
 
 template <class T>
 struct Task {
@@ -149,12 +153,14 @@ struct Task {
       if (direct) rows = row_of<float>(call.items, first_item), stride = call.items.row_stride;
     }
     const float not_scanned = __builtin_nanf("");
-    for (int64_t i = 0; i < count; ++i) s.start[i] = call.bias.data ? static_cast<float>(at<T>(call.bias, first_item + i)) : 0.0f;
+    for (int64_t i = 0; i < count; ++i)
+      s.start[i] = call.bias.data ? static_cast<float>(at<T>(call.bias, first_item + i)) : 0.0f;
     for (int64_t i = count; i < padded; ++i) s.start[i] = not_scanned;
     skip_items();
     num_special = 0;
     // Σw² as computed is within (width + 8)·u of the truth, plus 2^-126 a term that underflowed.
-    const float inflate = 1.0f + static_cast<float>(width + 8) * 0x1p-22f, underflow = static_cast<float>(width) * 0x1p-126f;
+    const float inflate = 1.0f + static_cast<float>(width + 8) * 0x1p-22f,
+                underflow = static_cast<float>(width) * 0x1p-126f;
     for (int64_t tile = 0; tile < padded; tile += kTile) {
       float squares = 0.0f, bias = 0.0f;
       for (int64_t i = tile; i < tile + kTile; ++i) {
@@ -201,14 +207,17 @@ struct Task {
   void scan(int64_t next_item, int64_t next_count) {
     const int64_t blocks = round_up(*s.plain, kBlock) / kBlock;
     const int64_t tiles = round_up(count, kTile) / kTile;
-    const bool fetch = call.items.column_stride == 1 && next_count > 0 && call.width > 0;
+    const int64_t turns = call.width / kTurn;
+    const bool fetch = call.items.column_stride == 1 && next_count > 0 && turns > 0;
     const int64_t bytes = next_count * call.items.row_stride * static_cast<int64_t>(sizeof(T));
     const char* next = reinterpret_cast<const char*>(row_of<T>(call.items, fetch ? next_item : first_item));
-    const int64_t step = fetch ? bytes / (blocks * tiles * call.width) : 0;
+    // Rows far apart in memory are not worth fetching the gaps for.
+    const bool dense = magnitude(static_cast<double>(call.items.row_stride)) < 2.0 * static_cast<double>(call.width);
+    const int64_t step = fetch && dense ? bytes / (blocks * tiles * turns) : 0;
     for (int64_t block = 0; block < blocks; ++block)
       for (int64_t tile = 0; tile < tiles; ++tile) {
         const Ahead ahead{next, step};
-        next += step * call.width;
+        next += step * turns;
         if (*s.plain - block * kBlock > kLanes)
           scan_tile<kWide>(block * kBlock, tile, ahead);
         else
@@ -219,9 +228,10 @@ struct Task {
   template <int Vectors>
   SEQREC_METHOD void scan_tile(int64_t slot, int64_t tile, const Ahead& ahead) {
     F32 score[kTile][Vectors];
-    score_tile<Vectors>(s.panel + slot * call.width, call.width, rows + tile * kTile * stride, stride, s.start + tile * kTile,
-                        ahead, score);
-    const Counters counters{s.counters.low + slot, s.counters.high + slot, s.counters.slope + slot, s.counters.above + slot};
+    score_tile<Vectors>(s.panel + slot * call.width, call.width, rows + tile * kTile * stride, stride,
+                        s.start + tile * kTile, ahead, score);
+    const Counters counters{s.counters.low + slot, s.counters.high + slot, s.counters.slope + slot,
+                            s.counters.above + slot};
     CountAbove<Vectors> reducer;
     if (__builtin_expect(reducer.reduce(score, counters, s.band[tile]), 1)) {
       reducer.add_to(counters);
@@ -233,8 +243,9 @@ struct Task {
     decide(spilled, Vectors, slot, tile);
   }
 
-  // Step 4, rarely: a tile with pairs inside its band. It is gone through again, item by item, with the band of the item's own
-  // norm; the pairs left are noted for fp64. Where they are many (ties everywhere, say) the whole tile is counted in fp64.
+  // Step 4, rarely: a tile with pairs inside its band. It is gone through again, item by item, with the band of the
+  // item's own norm; the pairs left are noted for fp64. Where they are many (ties everywhere, say) the whole tile is
+  // counted in fp64.
   __attribute__((noinline, cold)) void decide(const float* score, int vectors, int64_t slot, int64_t tile) {
     const int64_t limit = kTile * vectors * kLanes / 4;
     if (pairs + limit > kPairBuffer) flush();

@@ -9,10 +9,14 @@ namespace {
 template <class Work>
 SEQREC_INLINE auto with_format(Format format, const Work& work) {
   switch (format) {
-    case Format::kF64: return work(double{});
-    case Format::kBF16: return work(BF16{});
-    case Format::kF16: return work(F16{});
-    default: return work(float{});
+    case Format::kF64:
+      return work(double{});
+    case Format::kBF16:
+      return work(BF16{});
+    case Format::kF16:
+      return work(F16{});
+    default:
+      return work(float{});
   }
 }
 
@@ -46,8 +50,8 @@ int64_t excluded_above(const RankCall& call, int64_t index, float* query, int64_
   });
 }
 
-void count(const RankCall& call, const RankPlan& plan, int64_t first_row, int64_t num_rows, int64_t first_item, int64_t num_items,
-           void* scratch) {
+void count(const RankCall& call, const RankPlan& plan, int64_t first_row, int64_t num_rows, int64_t first_item,
+           int64_t num_items, void* scratch) {
   with_format(call.format, [&](auto element) {
     using T = decltype(element);
     Task<T> task{call, plan, {}, first_row, num_rows};

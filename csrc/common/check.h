@@ -1,5 +1,6 @@
-// Value checks of the native operators. Types and shapes are checked in Python before an operator is called; what only the
-// data can tell (an id out of range) is checked here, by the C++ exceptions that reach Python as the matching built-in type.
+// Value checks of the native operators. Types and shapes are checked in Python before an operator is called; what only
+// the data can tell (an id out of range) is checked here, by the C++ exceptions that reach Python as the matching
+// built-in type.
 #pragma once
 #include <sstream>
 #include <stdexcept>

@@ -29,7 +29,8 @@ int64_t highest_cpu_tier() {
 }
 
 void set_cpu_tier(int64_t tier) {
-  check_value(tier >= 0 && tier <= highest_cpu_tier(), "tier must be in 0…", highest_cpu_tier(), " on this processor, got ", tier);
+  check_value(tier >= 0 && tier <= highest_cpu_tier(), "tier must be in 0…", highest_cpu_tier(),
+              " on this processor, got ", tier);
   chosen.store(static_cast<int>(tier), std::memory_order_relaxed);
 }
 

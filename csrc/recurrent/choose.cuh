@@ -1,5 +1,5 @@
-// Which kernel runs a step, and how it is launched: once for the GPU and the emulator. `launch` is either one's launcher:
-// launch.template operator()<kernel>(LaunchShape, arguments).
+// Which kernel runs a step, and how it is launched: once for the GPU and the emulator. `launch` is either one's
+// launcher: launch.template operator()<kernel>(LaunchShape, arguments).
 #pragma once
 
 #include "recurrent/kernels.cuh"
@@ -9,7 +9,8 @@ namespace seqrec_fast {
 // The classes of a forward step, by rows. Within a class a row's bits do not depend on the rest of the batch.
 constexpr int64_t kTiledFrom = 16, kMediumFrom = 64, kLargeFrom = 256;
 
-// 16 rows: little work, so the unit tile is small for the sake of more blocks, and four stages keep 30 KB a block in flight.
+// 16 rows: little work, so the unit tile is small for the sake of more blocks, and four stages keep 30 KB a block in
+// flight.
 using SmallTile = StepTile<16, 16, 16, 4, 4>;
 // Two blocks of 72 KB a multiprocessor.
 using MediumTile = StepTile<64, 32, 64, 3, 2>;
@@ -43,7 +44,8 @@ void launch_lstm_step(const LstmStepArguments<typename Product::Element>& a, Lau
 template <class T, class Launch>
 void launch_lstm_step_gate_gradients(const LstmStepBackwardArguments<T>& a, Launch&& launch) {
   const int vector = a.hidden % 4 == 0 ? 4 : 1;
-  const LaunchShape shape{uint32_t(ceil_div(a.batch * a.hidden, int64_t{kGradientThreads} * vector)), 1, kGradientThreads, 0};
+  const LaunchShape shape{uint32_t(ceil_div(a.batch * a.hidden, int64_t{kGradientThreads} * vector)), 1,
+                          kGradientThreads, 0};
   if (vector == 4)
     launch.template operator()<lstm_step_gate_gradients<T, 4>>(shape, a);
   else

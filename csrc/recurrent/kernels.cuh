@@ -1,18 +1,21 @@
-// The recurrent GPU kernels. Device code only: it knows no torch and no PTX (common/device.cuh), and the emulator runs this very
-// text on a CPU.
+// The recurrent GPU kernels. Device code only: it knows no torch and no PTX (common/device.cuh), and the emulator runs
+// this very text on a CPU.
 //
 // lstm_step computes, in one kernel, both products of a step, the activations and the cell:
 //     z = x·W_ihᵀ + b_ih + h·W_hhᵀ + b_hh        c' = σ(z_f)·c + σ(z_i)·tanh(z_g)        h' = σ(z_o)·tanh(c')
 // Nothing of size [B, 4H] is written unless the gates are kept for a backward. There are two forms:
 //
-//  * lstm_step_streamed, below 16 rows. Bound: every weight read once, 4·H·(I + P)·sizeof(T) bytes at the bandwidth of L2 or
-//    HBM. A warp owns one unit and streams its four weight rows, 512 bytes a load; the rows of x and h come from L1. fp32 sums.
-//  * lstm_step_tiled, from 16 rows. Bound: 8·B·H·(I + P) FLOPs on the tensor cores through mma.sync (about 62 % of what wgmma
-//    reaches on sm_90; fp32 at its full accuracy: on the FMA units). A block owns a tile of rows × units and all four gates of
-//    those units, so that a thread ends with i, f, g, o of its cells in its own registers.
+//  * lstm_step_streamed, below 16 rows. Bound: every weight read once, 4·H·(I + P)·sizeof(T) bytes at the bandwidth of
+//  L2 or
+//    HBM. A warp owns one unit and streams its four weight rows, 512 bytes a load; the rows of x and h come from L1.
+//    fp32 sums.
+//  * lstm_step_tiled, from 16 rows. Bound: 8·B·H·(I + P) FLOPs on the tensor cores through mma.sync (about 62 % of what
+//  wgmma
+//    reaches on sm_90; fp32 at its full accuracy: on the FMA units). A block owns a tile of rows × units and all four
+//    gates of those units, so that a thread ends with i, f, g, o of its cells in its own registers.
 //
-// A row's sums run over k in the same order whatever row it is and whatever rows stand beside it: within one of the classes of
-// choose.cuh a row has the same bits in any batch, and a call has the same bits in any run.
+// A row's sums run over k in the same order whatever row it is and whatever rows stand beside it: within one of the
+// classes of choose.cuh a row has the same bits in any batch, and a call has the same bits in any run.
 #pragma once
 
 #include "common/device.cuh"
@@ -20,8 +23,8 @@
 
 namespace seqrec_fast {
 
-// Contiguous arrays whose start is 16-byte aligned. c_next may be c (each element is read and written by one thread); h_next may
-// not be h, nor x (every block reads all of a row).
+// Contiguous arrays whose start is 16-byte aligned. c_next may be c (each element is read and written by one thread);
+// h_next may not be h, nor x (every block reads all of a row).
 template <class T>
 struct LstmStepArguments {
   int64_t batch, input, projected, hidden;  // B, I, P, H
@@ -31,7 +34,8 @@ struct LstmStepArguments {
   T *h_next, *c_next, *gates;               // [B, H]  [B, H]  [B, 4H] or null
 };
 
-// ---- the cell ---------------------------------------------------------------------------------------------------------
+// ---- the cell
+// ---------------------------------------------------------------------------------------------------------
 
 struct Cell {
   float i, f, g, o, c, h;
@@ -55,7 +59,8 @@ __device__ __forceinline__ float bias_of(const LstmStepArguments<T>& a, int gate
   return (a.b_ih ? to_float(a.b_ih[at]) : 0.0f) + (a.b_hh ? to_float(a.b_hh[at]) : 0.0f);
 }
 
-// ---- few rows: stream the weights -------------------------------------------------------------------------------------
+// ---- few rows: stream the weights
+// -------------------------------------------------------------------------------------
 
 constexpr int kStreamedWarps = 4;  // and as many units a block
 
@@ -77,7 +82,8 @@ template <bool kWhole, int kRows, class T>
 __device__ __forceinline__ void add_lane_dots(float (&z)[4][kRows], const T* rows, const T* weight, int64_t width,
                                               int batch, int64_t gate_stride, int lane) {
   constexpr int kVector = 16 / sizeof(T);
-  // Two trips at once keep 4 KB a warp in flight; with 16 rows the registers hold one, and the arithmetic is the limit anyway.
+  // Two trips at once keep 4 KB a warp in flight; with 16 rows the registers hold one, and the arithmetic is the limit
+  // anyway.
   constexpr int kTrips = kRows < 16 ? 2 : 1;
 #pragma unroll kTrips
   for (int64_t k = lane * kVector; k < width; k += 32 * kVector) {
@@ -98,8 +104,8 @@ __device__ __forceinline__ void add_lane_dots(float (&z)[4][kRows], const T* row
 }
 
 // Adds z over the lanes. While there is more than one row, a lane gives half of its rows away for the other half of its
-// partner's: z[gate][0] ends as the sum of row lane / (32 / kRows), in all lanes of that row, after 4·(kRows + log₂(32/kRows))
-// shuffles and not 4·5·kRows. The tree of sums is the same for every kRows.
+// partner's: z[gate][0] ends as the sum of row lane / (32 / kRows), in all lanes of that row, after 4·(kRows +
+// log₂(32/kRows)) shuffles and not 4·5·kRows. The tree of sums is the same for every kRows.
 template <int kHeld, int kPartner, int kRows>
 __device__ __forceinline__ void add_over_lanes(float (&z)[4][kRows], int lane) {
   if constexpr (kPartner > 0) {
@@ -163,15 +169,16 @@ __global__ void __launch_bounds__(32 * kStreamedWarps) lstm_step_streamed(const 
   }
 }
 
-// ---- many rows: tiles -------------------------------------------------------------------------------------------------
+// ---- many rows: tiles
+// -------------------------------------------------------------------------------------------------
 
-// Operands pass through shared memory in slabs: 128 bytes of k of every row of the tile, one row after the other. The eight
-// 16-byte chunks of row r stand in the order chunk ^ (r % 8), so that the same chunk of eight neighbouring rows lies in eight
-// different sets of banks: neither the copies nor the reads of either product have a bank conflict.
+// Operands pass through shared memory in slabs: 128 bytes of k of every row of the tile, one row after the other. The
+// eight 16-byte chunks of row r stand in the order chunk ^ (r % 8), so that the same chunk of eight neighbouring rows
+// lies in eight different sets of banks: neither the copies nor the reads of either product have a bank conflict.
 constexpr int kSlabBytes = 128;
 
-// A block's tile. Warps lie kUnits / 8 across and kRows / kWarpRows down; each owns kWarpRows rows × 8 units × 4 gates. The
-// registers must allow `blocks` of them on a multiprocessor.
+// A block's tile. Warps lie kUnits / 8 across and kRows / kWarpRows down; each owns kWarpRows rows × 8 units × 4 gates.
+// The registers must allow `blocks` of them on a multiprocessor.
 template <int rows, int units, int warp_rows, int stages, int blocks>
 struct StepTile {
   static constexpr int kRows = rows, kUnits = units, kWarpRows = warp_rows, kStages = stages, kBlocks = blocks;
@@ -185,11 +192,11 @@ struct StepTile {
 
 __device__ __forceinline__ int slab_offset(int row, int chunk) { return row * kSlabBytes + (chunk ^ (row % 8)) * 16; }
 
-// Brings the 128 bytes from element k on of rows first…first + kCount - 1 of a matrix [rows, width] into shared memory. What lies
-// outside becomes 0.
+// Brings the 128 bytes from element k on of rows first…first + kCount - 1 of a matrix [rows, width] into shared memory.
+// What lies outside becomes 0.
 template <int kCount, int kThreads, class T>
-__device__ __forceinline__ void load_rows(unsigned char* slab, const T* matrix, int64_t first, int64_t rows, int64_t width,
-                                          int64_t k) {
+__device__ __forceinline__ void load_rows(unsigned char* slab, const T* matrix, int64_t first, int64_t rows,
+                                          int64_t width, int64_t k) {
   constexpr int kVector = 16 / sizeof(T), kStep = kThreads / 8;  // eight threads a row
   static_assert(kCount % kStep == 0 && kStep % 8 == 0);
   const int row = threadIdx.x / 8, chunk = threadIdx.x % 8;
@@ -207,17 +214,16 @@ __device__ __forceinline__ void load_rows(unsigned char* slab, const T* matrix, 
   } else {  // rows of such a width are not aligned: element by element, without the asynchronous copy
 #pragma unroll 1
     for (int step = 0; step < kCount; step += kStep) {
-      Pack<T, kVector> pack;
-#pragma unroll
-      for (int e = 0; e < kVector; ++e) pack.value[e] = row + step < last && k + e < width ? from[e] : T{};
-      store_pack(reinterpret_cast<T*>(to + step * kSlabBytes), pack);
+      T* const elements = reinterpret_cast<T*>(to + step * kSlabBytes);
+#pragma unroll 1
+      for (int e = 0; e < kVector; ++e) elements[e] = row + step < last && k + e < width ? from[e] : T{};
       from += kStep * width;
     }
   }
 }
 
-// z[gate][m][·] += rows · weightᵀ of one slab for a warp's m-th 16 rows and its 8 units, in the accumulator layout of mma.sync:
-// z[gate][m][2·half + e] is row m·16 + half·8 + lane / 4 and unit 2·(lane % 4) + e. Both bodies use it.
+// z[gate][m][·] += rows · weightᵀ of one slab for a warp's m-th 16 rows and its 8 units, in the accumulator layout of
+// mma.sync: z[gate][m][2·half + e] is row m·16 + half·8 + lane / 4 and unit 2·(lane % 4) + e. Both bodies use it.
 template <class Product, class Tile, int kRowTiles>
 __device__ __forceinline__ void multiply_slab(float (&z)[4][kRowTiles][4], const unsigned char* rows,
                                               const unsigned char* weight, int warp_row, int warp_unit, int lane) {
@@ -240,7 +246,8 @@ __device__ __forceinline__ void multiply_slab(float (&z)[4][kRowTiles][4], const
 #pragma unroll
           for (uint32_t& bits : a) Product::prepare(bits);
 #pragma unroll
-          for (int gate = 0; gate < 4; ++gate) Product::multiply(z[gate][m], a, b[gate][2 * step], b[gate][2 * step + 1]);
+          for (int gate = 0; gate < 4; ++gate)
+            Product::multiply(z[gate][m], a, b[gate][2 * step], b[gate][2 * step + 1]);
         }
     }
   } else {
@@ -364,7 +371,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     }
 }
 
-// ---- backward ---------------------------------------------------------------------------------------------------------
+// ---- backward
+// ---------------------------------------------------------------------------------------------------------
 
 template <class T>
 struct LstmStepBackwardArguments {
@@ -376,8 +384,8 @@ struct LstmStepBackwardArguments {
 
 constexpr int kGradientThreads = 256;
 
-// The gradients of the pre-activations and of c; what is left of the backward are products with dz. Bound: 13 elements a cell
-// at the bandwidth of memory. kVector units a thread, where H divides by it.
+// The gradients of the pre-activations and of c; what is left of the backward are products with dz. Bound: 13 elements
+// a cell at the bandwidth of memory. kVector units a thread, where H divides by it.
 template <class T, int kVector>
 __global__ void __launch_bounds__(kGradientThreads) lstm_step_gate_gradients(const LstmStepBackwardArguments<T> a) {
   const int64_t at = (int64_t{blockIdx.x} * kGradientThreads + threadIdx.x) * kVector;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -64,7 +65,7 @@ class Popularity(DenseRecommender):
     def __init__(self, num_items: int) -> None:
         super().__init__()
         self._num_items = num_items
-        self.register_buffer("log_popularity", torch.full((num_items,), -float(np.log(num_items))))
+        self.register_buffer("log_popularity", torch.full((num_items,), -math.log(num_items)))
 
     @property
     def num_items(self) -> int:
@@ -122,7 +123,7 @@ class Markov(DenseRecommender):
             raise ValueError(f"backoff must be above 0, got {backoff}")
         self._num_items = num_items
         self.backoff = backoff
-        self.register_buffer("log_popularity", torch.full((num_items,), -float(np.log(num_items))))
+        self.register_buffer("log_popularity", torch.full((num_items,), -math.log(num_items)))
         self.register_buffer("row_starts", torch.zeros(num_items + 1, dtype=torch.int64))  # CSR, [I + 1]
         self.register_buffer("columns", torch.zeros(num_transitions, dtype=torch.int64))  # [nnz]
         self.register_buffer("counts", torch.zeros(num_transitions))  # [nnz]
@@ -159,9 +160,12 @@ class Markov(DenseRecommender):
         number = torch.where(histories.lengths > 0, self.row_starts[last + 1] - begin, 0)  # [B] stored transitions
         row = torch.repeat_interleave(torch.arange(len(last), device=last.device), number)  # [nnz of the batch]
         place = torch.arange(len(row), device=row.device) - (number.cumsum(0) - number)[row] + begin[row]
-        mass = self.backoff * self.log_popularity.exp().expand(len(last), -1)  # [B, I]
-        mass = mass.index_put((row, self.columns[place]), self.counts[place], accumulate=True)
-        return (mass / mass.sum(1, keepdim=True)).log()
+        column, count = self.columns[place], self.counts[place]
+        total = self.backoff + count.new_zeros(len(last)).index_add(0, row, count)  # n_i + β, [B]
+        # without a stored transition only the prior is left, so the logarithm is taken of I numbers, not of B·I
+        prior = self.log_popularity + math.log(self.backoff)  # [I]
+        stored = torch.log(count + prior.exp()[column]) - total.log()[row]
+        return (prior - total.log()[:, None]).index_put((row, column), stored)  # [B, I]
 
     def config_dict(self) -> dict[str, Any]:
         return {

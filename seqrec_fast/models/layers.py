@@ -134,7 +134,9 @@ class AdditiveAttention(nn.Module):
                 chunks.append(checkpoint(self._pair_scores, projected, keys, use_reentrant=False))
             else:
                 chunks.append(self._pair_scores(projected, keys))
-        return torch.softmax(torch.cat(chunks, 1).float(), 1).mT  # the normalisation in fp32, also under autocast
+        scores = torch.cat(chunks, 1)  # [B, I, heads]
+        # the normalisation at least in fp32, also under autocast
+        return torch.softmax(scores, 1, dtype=torch.promote_types(scores.dtype, torch.float32)).mT
 
     def forward(self, state: Tensor, items: Tensor) -> Tensor:
         """g = Σ aᵢ vᵢ for states [B, d] over items [I, d]: [B, d]."""

@@ -9,12 +9,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from seqrec_fast.nn import GRU, LSTM
 from seqrec_fast.ops.catalogue_cross_entropy import catalogue_cross_entropy
 from seqrec_fast.ops.catalogue_rank import catalogue_rank
 from seqrec_fast.ops.catalogue_topk import catalogue_topk
-from typing_extensions import Unpack
 
 from ._checkpoint import SavedModule
 from ._histories import IGNORE, Histories, at_last, check_histories, items_to_hide, next_items

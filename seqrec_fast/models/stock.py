@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ._histories import IGNORE
 from .config import RecommenderConfig
 from .layers import ACTIVATIONS, AdditiveAttention, Association, CausalCNN, ProductAttention
 
@@ -104,11 +105,11 @@ class StockRecommender(nn.Module):
         return ids.masked_fill(steps >= lengths[:, None], 0), lengths, steps
 
     def loss(self, ids: Tensor, lengths: Tensor | None, target: Tensor, *, positions: str = "all") -> Tensor:
-        """As :meth:`SequenceRecommender.loss` with ``target`` [B]."""
+        """As :meth:`SequenceRecommender.loss` with ``target`` [B], or [B, T] with −100 for none."""
         ids, lengths, steps = self._padded(ids, lengths)
         final = steps == lengths[:, None] - 1
-        wanted = torch.where(final, target[:, None], ids.roll(-1, 1))  # [B, T]
-        keep = steps < lengths[:, None] if positions == "all" else final
+        wanted = target if target.dim() == 2 else torch.where(final, target[:, None], ids.roll(-1, 1))  # [B, T]
+        keep = (steps < lengths[:, None] if positions == "all" else final) & (wanted != IGNORE)
         return F.cross_entropy(
             self._scores(self._states(ids)[keep]), wanted[keep], label_smoothing=self.config.label_smoothing
         )

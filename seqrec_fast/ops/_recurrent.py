@@ -42,7 +42,7 @@ Layer = Callable[[Tensor, States, Weights, Pass], tuple[Tensor, States]]
 
 def layers(
     layer: Layer,
-    x: Tensor,
+    inputs: tuple[Tensor, ...],
     states: tuple[Tensor, ...],
     weights: Sequence[Weights],
     options: Options,
@@ -50,18 +50,23 @@ def layers(
     lengths: Tensor | None,
     reset: Tensor | None,
 ) -> tuple[Tensor, States]:
-    """Run every layer and direction. x [T, B, I] or [B, T, I] (or a table, with ids); states [L·D, B, …]. One seed for all masks."""
+    """Run every layer and direction, all masks from one seed.
+
+    ``inputs``: for each direction of the first layer [T, B, I] or [B, T, I], or with ids a table; states [L·D, B, …].
+    """
     training, batch_first = options.training, options.batch_first
-    seed = draw_seed(x.device) if options.draws else None
+    seed = draw_seed(inputs[0].device) if options.draws else None
     save = SAVE_STATES if options.save_gates is False else SAVE_GATES
     precision = current_precision()
     finals: list[States] = []
     for number in range(options.num_layers):
         if number and seed is not None and options.dropout:
-            x = keyed_dropout(x, seed, stream_of(number, 0) + INPUT_DROPOUT, options.dropout, batch_first)
+            dropped = keyed_dropout(inputs[0], seed, stream_of(number, 0) + INPUT_DROPOUT, options.dropout, batch_first)
+            inputs = (dropped,) * options.directions
         last_only = options.last_only and number == options.num_layers - 1
         outputs = []
         for direction in range(options.directions):
+            x = inputs[direction]
             k = number * options.directions + direction
             stream = stream_of(number, direction)
             cell = weights[k]
@@ -87,8 +92,8 @@ def layers(
             output, final = layer(x, state, cell, told)
             outputs.append(final[0] if last_only else output)
             finals.append(final)
-        x = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
-    return x, tuple(torch.stack(parts) for parts in zip(*finals, strict=True))
+        inputs = (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1),) * options.directions
+    return inputs[0], tuple(torch.stack(parts) for parts in zip(*finals, strict=True))
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:
@@ -108,13 +113,13 @@ def sequence(
     weights: Sequence[Weights],
     options: Options,
     *,
-    table: Tensor | None = None,
+    tables: tuple[Tensor, ...] | None = None,
     lengths: Tensor | None = None,
     reset: Tensor | None = None,
 ) -> tuple[Any, States]:
     """Bring any accepted form of the arguments to a padded batch, run it, and give back the same form.
 
-    ``input`` holds ids when there is a ``table``. hx [L·D, B, …], or [L·D, …] for unbatched input; shapes are the caller's to check.
+    ``input`` holds ids when there are ``tables``, one for each direction. hx [L·D, B, …], or [L·D, …] for unbatched input; shapes are the caller's to check.
     """
     packed = input if isinstance(input, PackedSequence) else None
     batched = True
@@ -126,7 +131,7 @@ def sequence(
     else:
         assert isinstance(input, Tensor)
         tokens = input
-        batched = input.dim() == (3 if table is None else 2)
+        batched = input.dim() == (3 if tables is None else 2)
         if not batched:
             if lengths is not None:
                 raise ValueError(f"{operator}: lengths cannot go with unbatched input")
@@ -136,12 +141,12 @@ def sequence(
             reset = None if reset is None else reset[None]
     rows, steps = tokens.shape[:2] if options.batch_first else (tokens.shape[1], tokens.shape[0])
     check_lengths_and_reset(operator, tokens, rows, steps, lengths, reset)
-    x, ids = (tokens, None) if table is None else (table, tokens)
-    x, hx, weights, no_autocast = _follow_autocast(x, hx, weights)
+    inputs, ids = ((tokens,) * options.directions, None) if tables is None else (tables, tokens)
+    inputs, hx, weights, no_autocast = _follow_autocast(inputs, hx, weights)
     if hx is None:
-        hx = zero_states(x, rows, weights[0], len(weights), operator)
+        hx = zero_states(inputs[0], rows, weights[0], len(weights), operator)
     with no_autocast:
-        output, finals = layers(layer, x, hx, weights, options, ids, lengths, reset)
+        output, finals = layers(layer, inputs, hx, weights, options, ids, lengths, reset)
     if packed is not None:
         return output if options.last_only else _repack(output, packed), finals
     if not batched:
@@ -167,16 +172,16 @@ def _repack(output: Tensor, like: PackedSequence) -> PackedSequence:
 
 
 def _follow_autocast(
-    x: Tensor, hx: tuple[Tensor, ...] | None, weights: Sequence[Weights]
-) -> tuple[Tensor, tuple[Tensor, ...] | None, Sequence[Weights], AbstractContextManager[Any]]:
+    inputs: tuple[Tensor, ...], hx: tuple[Tensor, ...] | None, weights: Sequence[Weights]
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...] | None, Sequence[Weights], AbstractContextManager[Any]]:
     """Under autocast every floating tensor takes its dtype, as torch.nn.LSTM does; inside, casts are the operator's own business."""
-    device = x.device.type
+    device = inputs[0].device.type
     if not torch.is_autocast_enabled(device):
-        return x, hx, weights, nullcontext()
+        return inputs, hx, weights, nullcontext()
     dtype = torch.get_autocast_dtype(device)
     weights = [Weights(*(None if w is None else w.to(dtype) for w in cell)) for cell in weights]
     hx = None if hx is None else tuple(part.to(dtype) for part in hx)
-    return x.to(dtype), hx, weights, torch.autocast(device, enabled=False)
+    return tuple(x.to(dtype) for x in inputs), hx, weights, torch.autocast(device, enabled=False)
 
 
 # Gradients

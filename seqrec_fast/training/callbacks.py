@@ -128,7 +128,7 @@ class History(Callback):
         self.path = path
         self.best = best
         self.console = console
-        self.records: list[dict[str, float]] = []
+        self.records: list[dict[str, Any]] = []
         self._start = 0.0
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -141,13 +141,20 @@ class History(Callback):
         seconds = time.perf_counter() - self._start
         metrics = {name: round(float(value), 7) for name, value in trainer.callback_metrics.items()}
         loss = pl_module.mean_loss()  # type: ignore[operator]
-        record = {"epoch": trainer.current_epoch, "loss": loss, **metrics, "seconds": round(seconds, 3)}
+        is_best = self.best.epoch == trainer.current_epoch
+        record = {
+            "epoch": trainer.current_epoch,
+            "loss": loss,
+            **metrics,
+            "seconds": round(seconds, 3),
+            "best": is_best,
+        }
         self.records = [old for old in self.records if old["epoch"] < trainer.current_epoch] + [record]
         if not trainer.is_global_zero:
             return
         write_json(self.path, self.records)
         shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-        mark = "  [green]best so far[/]" if self.best.epoch == trainer.current_epoch else ""
+        mark = "  [green]best so far[/]" if is_best else ""
         place = f"{trainer.current_epoch + 1:>3}/{trainer.max_epochs}"
         line = f"epoch {place}  loss {loss:.4f}  {shown}  {seconds:.1f} s{mark}"
         self.console.print(line, highlight=False, soft_wrap=True)

@@ -135,13 +135,16 @@ def train(
     """Train what :func:`start` prepared, test it, and add the quality to ``run.json``.
 
     Returns:
-        The model with the best weights, and the quality on the test targets by the name of the model and the filter.
+        The model with the best weights, and the quality on the test targets by the name of the model and the filter
+        (empty in all but the first process of a multi-device training).
 
     Raises:
         MissingExtra: without Lightning.
         TrainingInterrupted: after Ctrl-C; the checkpoint is saved.
     """
     require_lightning()
+    from lightning.pytorch.utilities import rank_zero_only
+
     from .trainer import fit
 
     console = console or Console(stderr=True)
@@ -153,6 +156,8 @@ def train(
     console.print(f"{describe_model(model)}", highlight=False, soft_wrap=True)
     batches, validation = _batches(split, settings)
     fit(model, batches, validation, folder, settings.fit, resume=resume, console=console)
+    if rank_zero_only.rank:  # the other processes of a multi-device training leave the rest to the first
+        return model, {}
     with console.status("ranking the test targets"):
         quality = measure_quality(model, split, max_length=settings.loader.max_length)
     record = read_record(folder)

@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from safetensors.torch import load_file
 
-from seqrec_fast._files import written_beside
+from seqrec_fast._files import read_json, written_beside
 from seqrec_fast.models._checkpoint import SavedModule
 
 from ._lightning import quiet_lightning
@@ -31,12 +31,11 @@ Model = TypeVar("Model", bound=SavedModule)
 
 @dataclass(frozen=True)
 class FitResult:
-    """What came of a training: the epoch records, the best one, and the files."""
+    """What came of a training: one record an epoch (as in ``history.json``), the best epoch and its value, the files."""
 
-    history: list[dict[str, float]]
+    history: list[dict[str, Any]]
     best_epoch: int
     best_value: float
-    stopped_early: bool
     model_file: Path
     checkpoint: Path
 
@@ -95,33 +94,27 @@ def fit(
             (out / name).unlink(missing_ok=True)
 
     interrupt = InterruptFlag()
-    best = BestModel(out / MODEL, options.monitor)
-    history = History(out / HISTORY, best, console)
-    callbacks: list[Callback] = [RandomState(), best, history, RichProgress(console)]
-    stopping = EarlyStopping(options.monitor, mode="max", patience=options.patience) if options.patience else None
-    if stopping is not None:
-        callbacks.append(stopping)
+    keeper = BestModel(out / MODEL, options.monitor)
+    callbacks: list[Callback] = [RandomState(), keeper, History(out / HISTORY, keeper, console), RichProgress(console)]
+    if options.patience:
+        callbacks.append(EarlyStopping(options.monitor, mode="max", patience=options.patience))
     callbacks.append(ResumePoint(checkpoint, interrupt))
 
     with quiet_lightning(), interrupt.installed():
         seed_everything(options.seed, verbose=False)
         trainer = _trainer(options, out, callbacks)
         module = RecommenderModule(model, train, validation, options.optimizer, ks=(options.cutoff,))
-        done = state is not None and _finished(state, options)
-        if not done:
+        if state is None or not _finished(state, options):
             _run(trainer, module, checkpoint if resume else None, checkpoint)
-        else:
-            assert state is not None
-            best.load_state_dict(_callback_state(state, "BestModel"))
-            history.load_state_dict(_callback_state(state, "History"))
-    interrupted = interrupt.signal_number
-    if interrupted is not None:  # asked for during the very last steps: all is saved, and all is done
-        raise TrainingInterrupted(checkpoint, interrupted)
+    if interrupt.signal_number is not None:  # asked for during the very last steps: all is saved, and all is done
+        raise TrainingInterrupted(checkpoint, interrupt.signal_number)
     model.to("cpu")
     model.load_state_dict(load_file(out / MODEL))
     model.eval()
-    early = stopping is not None and stopping.stopped_epoch > 0
-    return FitResult(history.records, best.epoch, best.value, early, out / MODEL, checkpoint)
+    # from the files and not from the callbacks: some strategies train in other processes
+    records = read_json(out / HISTORY)
+    best = next(record for record in reversed(records) if record["best"])
+    return FitResult(records, best["epoch"], best[options.monitor], out / MODEL, checkpoint)
 
 
 def _trainer(options: FitOptions, out: Path, callbacks: list[Callback]) -> Trainer:

@@ -36,13 +36,18 @@ def test_top_k(name, k):
 
 
 @pytest.mark.parametrize("name", NASTY)
-def test_rank(name):
-    scores = torch.tensor(NASTY[name]).repeat(8, 1)
+@pytest.mark.parametrize("exclude", [[-1, -1], [3, 1, 3, -1], [0, 7, 4, 4, 4, 2]])
+def test_rank(name, exclude):
+    """The place in the sorted list of what is left, the target left in."""
+    scores = torch.tensor(NASTY[name])
     target = torch.arange(8)
-    nothing = torch.empty(8, 0, dtype=torch.int64)
-    order = in_order(scores[0])
-    expected = [order.index(item) if item in order else len(order) for item in range(8)]
-    assert rank_of(hide(scores, nothing), target, scores[0]).tolist() == expected
+    expected = []
+    for wanted in range(8):
+        left = scores[0].clone()
+        left[[item for item in exclude if item not in (-1, wanted)]] = -INF
+        order = in_order(left)
+        expected.append(order.index(wanted) if wanted in order else len(order))
+    assert rank_of(scores.repeat(8, 1), target, torch.tensor(exclude).repeat(8, 1)).tolist() == expected
 
 
 def test_hidden_items(batch):

@@ -153,9 +153,12 @@ class TestLoss:
         target = batch.target.clone()
         target[1] = -100  # the row of length 1 has no other position
         keep = [0, 2, 3]
-        torch.testing.assert_close(
-            model.loss(batch.ids, batch.lengths, target), model.loss(*(part[keep] for part in batch))
-        )
+        expected = model.loss(*(part[keep] for part in batch))
+        torch.testing.assert_close(model.loss(batch.ids, batch.lengths, target), expected)
+        each = torch.full((4, 7), -100)
+        each[:, :-1] = batch.ids[:, 1:]
+        each[torch.arange(4), batch.lengths - 1] = target
+        torch.testing.assert_close(stock(model, torch.float64).loss(batch.ids, batch.lengths, each), expected)
         nothing = model.loss(batch.ids, torch.zeros(4, dtype=torch.int64), batch.target)
         nothing.backward()
         assert nothing.item() == 0
@@ -189,9 +192,7 @@ class TestServing:
             assert torch.all(scores[row, len(offered) :] == -torch.inf)
         best = model.recommend(batch.ids, batch.lengths, 1, exclude_seen=False).items
         second = model.recommend(batch.ids, batch.lengths, 2, exclude_seen=False).items[:, 1:]
-        assert torch.equal(
-            model.recommend(batch.ids, batch.lengths, 1, exclude_seen=False, exclude=best).items, second
-        )
+        assert torch.equal(model.recommend(batch.ids, batch.lengths, 1, exclude_seen=False, exclude=best).items, second)
 
     def test_rank_is_the_place_in_the_recommendations(self, batch):
         model = build().eval()
@@ -200,7 +201,8 @@ class TestServing:
         assert torch.equal(model.rank(batch.ids, batch.lengths, batch.target, exclude_seen=False), place)
         # seen items make room, the target itself stays although it was seen
         target = batch.ids[:, 0]
-        better = [set(row[:p].tolist()) for row, p in zip(everything, (everything == target[:, None]).int().argmax(1))]
+        place = (everything == target[:, None]).int().argmax(1)
+        better = [set(row[:end].tolist()) for row, end in zip(everything, place, strict=True)]
         expected = [len(b - set(row.tolist())) for b, row in zip(better, batch.ids, strict=True)]
         assert model.rank(batch.ids, batch.lengths, target).tolist() == expected
         target = torch.where(torch.arange(4) == 2, -100, target)
@@ -213,7 +215,7 @@ class TestServing:
         first, again = (model.recommend(batch.ids, batch.lengths, 5) for _ in range(2))
         assert torch.equal(first.scores, again.scores)
         assert all(part.training for part in model.modules())
-        assert torch.equal(model.explain(batch.ids, batch.lengths, 5).scores, first.scores)
+        torch.testing.assert_close(model.explain(batch.ids, batch.lengths, 5).scores, first.scores)
 
     def test_autocast_serves_too(self, batch):
         model = build().eval()
@@ -231,7 +233,6 @@ class TestExplain:
         model = build(torch.float64, **VARIANTS[variant]).eval()
         other = stock(model, torch.float64)
         found = model.explain(batch.ids, batch.lengths, 5)
-        # the weights by moving the values: g is linear in them, so d(sum of head's g)/d(v_i) gives a_i
         state = other._states(batch.ids.clamp(min=0))[torch.arange(4), batch.lengths - 1]
         heads = model.config.num_heads
         weights = brute_force_weights(model, state)  # [B, heads, I]

@@ -59,12 +59,18 @@ class Block:
 
 
 class Plan:
-    """How B rows and I items are cut up. ``edges``: the blocks' rows times the chunks' items are scanned in this order."""
+    """How B rows and I items are cut up: chunks of items outside, blocks of rows inside.
 
-    def __init__(self, num_rows: int, num_items: int, width: int, scores: int = SCORES) -> None:
-        self.block_rows = max(1, min(num_rows, ROW_BLOCK))
-        most = min(scores // self.block_rows, CHUNK_NUMBERS // (width + 2))
-        self.chunk_items = max(1, min(num_items, most))
+    Args:
+        num_rows, num_items, width: B, I, d.
+        least_items: a chunk has at least so many items (where there are so many).
+    """
+
+    def __init__(self, num_rows: int, num_items: int, width: int, least_items: int = 1) -> None:
+        least = max(1, min(num_items, least_items))
+        self.block_rows = max(1, min(num_rows, ROW_BLOCK, SCORES // least))
+        most = min(SCORES // self.block_rows, CHUNK_NUMBERS // (width + 2))
+        self.chunk_items = max(least, min(num_items, most))
         self.num_rows, self.num_items = num_rows, num_items
         starts = range(0, num_rows, self.block_rows)
         self.blocks = [Block(n, start, min(start + self.block_rows, num_rows)) for n, start in enumerate(starts)]
@@ -159,7 +165,7 @@ def shared_items(ids: Tensor, num_items: int) -> Tensor:
     """bool [I] from a list of ids; padding and (on CUDA) ids out of range match nothing."""
     inside = (ids >= 0) & (ids < num_items)
     mask = torch.zeros(num_items + 1, dtype=torch.bool, device=ids.device)
-    return mask.index_fill_(0, torch.where(inside, ids, num_items).long(), True)[:-1]
+    return mask.index_fill(0, torch.where(inside, ids, num_items).long(), True)[:-1]
 
 
 class Exclusion:
@@ -296,15 +302,19 @@ class Scan:
         """[C, R], valid until the next call."""
         return self._product(block, chunk, transposed=True)
 
+    def buffer(self, block: Block, chunk: Chunk, *, transposed: bool = False) -> tuple[Tensor, Tensor]:
+        """The memory of the scores [R, C] or [C, R], and the same flat with one element more."""
+        shape = (chunk.vectors.shape[0], block.size) if transposed else (block.size, chunk.vectors.shape[0])
+        flat = self._scores[: shape[0] * shape[1] + 1]
+        return flat[:-1].view(shape), flat
+
     def _product(self, block: Block, chunk: Chunk, *, transposed: bool) -> Tensor:
         rows = self._rows[block.rows]
         items = chunk.vectors if chunk.augmented is None else chunk.augmented
         if chunk.augmented is None and self._fold:
             rows = rows[:, : self.width]
         left, right = (items, rows) if transposed else (rows, items)
-        size = left.shape[0] * right.shape[0]
-        flat = self._scores[: size + 1]
-        scores = flat[:size].view(left.shape[0], right.shape[0])
+        scores, flat = self.buffer(block, chunk, transposed=transposed)
         torch.mm(left, right.t(), out=scores)
         if chunk.augmented is None:
             if self.bias is not None:

@@ -160,9 +160,7 @@ def forward(
         lse of ignored rows is 0 unless ``every_lse``.
     """
     logits = LogitSpec(scale, row_scale, bias, exclude, exclude_crow)
-    arguments = Arguments(
-        target, target_weights, target_crow, logits, ignore_index, label_smoothing, smoothing_prior
-    )
+    arguments = Arguments(target, target_weights, target_crow, logits, ignore_index, label_smoothing, smoothing_prior)
     arguments.check(items.shape[0])
     problem = arguments.problem(query, items, compact=not every_lse)
     with plain_arithmetic(query.device, precision):
@@ -201,7 +199,9 @@ def _loss(problem: Problem, scan: Scan, pairs: Pairs, result: Softmax) -> Tensor
     if loss.device.type != "cpu":
         targets = problem.targets
         wrong = (targets.items != -1) & ~targets.inside(problem.items.shape[0])
-        loss = torch.where(torch.zeros_like(loss).index_add(0, targets.rows, wrong.to(loss.dtype)) > 0, float("nan"), loss)
+        loss = torch.where(
+            torch.zeros_like(loss).index_add(0, targets.rows, wrong.to(loss.dtype)) > 0, float("nan"), loss
+        )
     return loss
 
 
@@ -234,9 +234,7 @@ def backward(
     leave out, at most ``skip_mass`` a row; whole tiles of items only, so usually less.
     """
     logits = LogitSpec(scale, row_scale, bias, exclude, exclude_crow)
-    arguments = Arguments(
-        target, target_weights, target_crow, logits, ignore_index, label_smoothing, smoothing_prior
-    )
+    arguments = Arguments(target, target_weights, target_crow, logits, ignore_index, label_smoothing, smoothing_prior)
     problem = arguments.problem(query, items, compact=True)
     wide, num_rows = lse.dtype, query.shape[0]
     valid = problem.targets.valid
@@ -248,7 +246,12 @@ def backward(
         problem = replace(problem, query=torch.where(valid[:, None], problem.query, 0.0))
     weight = grad_loss * problem.lse_weight + grad_lse  # [B'], a
     none = query.new_empty(0)
-    results = [none, none, none.to(wide if row_scale is None else row_scale.dtype), none.to(wide if bias is None else bias.dtype)]
+    results = [
+        none,
+        none,
+        none.to(wide if row_scale is None else row_scale.dtype),
+        none.to(wide if bias is None else bias.dtype),
+    ]
     skipped = torch.zeros_like(weight)
     with plain_arithmetic(query.device, precision):
         if output_mask[0] or output_mask[2]:
@@ -325,7 +328,9 @@ def _subtract_linear_part(
     targets, num_items = problem.targets, problem.items.shape[0]
     if num_items == 0:
         return
-    share = grad_loss[targets.rows] * live_weight(targets, problem.logits.bias, num_items) * (1 - problem.label_smoothing)
+    share = (
+        grad_loss[targets.rows] * live_weight(targets, problem.logits.bias, num_items) * (1 - problem.label_smoothing)
+    )
     named = targets.items.clamp(0, num_items - 1)
     ones = torch.ones_like(grad_loss)[:, None]
     for gradient, vectors in ((d_items, scaled), (None if d_bias is None else d_bias[:, None], ones)):

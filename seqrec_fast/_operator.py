@@ -13,6 +13,7 @@ Calling the backend's operator directly in eager mode halves the overhead of a c
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 from collections.abc import Callable
@@ -64,7 +65,7 @@ class Operator:
             "reference": getattr(torch.ops.seqrec_fast_reference, name).default,
         }
         table: dict[str, Supports] = {"reference": _dispatch.always}
-        self._register("seqrec_fast_reference", reference)
+        self._register("seqrec_fast_reference", _without_autocast(reference))
         if native is not None:
             table["native"] = native
         if triton is not None:
@@ -122,6 +123,19 @@ def _any_requires_grad(args: tuple[Any, ...]) -> bool:
         if isinstance(argument, torch.Tensor) and argument.requires_grad:
             return True
     return False
+
+
+def _without_autocast(function: Implementation) -> Implementation:
+    """A reference's products are computed in the dtype it chose, also where a backward runs inside an autocast block."""
+
+    @functools.wraps(function)
+    def implementation(*args: Any) -> Any:
+        if not torch._C._is_any_autocast_enabled():
+            return function(*args)
+        with torch._C._DisableAutocast():
+            return function(*args)
+
+    return implementation
 
 
 def _lazy_supports(module: str) -> Supports:

@@ -57,7 +57,7 @@ struct Pairs {
         sum[j] += static_cast<double>(value(query[j][k * query_step])) *
                   static_cast<double>(value(weights[j][k * item_step]));
     for (int j = 0; j < count; ++j) {
-      double s = sum[j] * scale_of<T>(call, row[j]);
+      double s = sum[j] * call.scale * row_scale_of<T>(call, row[j]);
       if (call.bias.data) s += static_cast<double>(at<T>(call.bias, item[j]));
       out[j] = kIsDouble<T> ? s : static_cast<double>(static_cast<float>(s));
     }
@@ -70,7 +70,7 @@ static_assert(kExactVectors == 2);
 
 struct ExactRows {
   double* panel;  // [width][kLanes]
-  double scale[kLanes];
+  double row_scale[kLanes];
   double score[kLanes];  // the goals
   int64_t id[kLanes];
   int64_t first;  // which rows the panel holds, -1: none
@@ -88,14 +88,14 @@ template <class T>
 void pack_exact_rows(const RankCall& call, const int64_t* rows, int count, ExactRows& to) {
   for (int lane = 0; lane < kLanes; ++lane) {
     if (lane >= count) {
-      to.scale[lane] = 0.0, to.score[lane] = __builtin_inf(), to.id[lane] = -1;
+      to.row_scale[lane] = 0.0, to.score[lane] = __builtin_inf(), to.id[lane] = -1;
       for (int64_t k = 0; k < call.width; ++k) to.panel[k * kLanes + lane] = 0.0;
       continue;
     }
     const int64_t row = call.rows[rows[lane]];
     const Goal goal = goal_of<T>(call, rows[lane]);
     const T* query = row_of<T>(call.query, row);
-    to.scale[lane] = scale_of<T>(call, row), to.score[lane] = goal.score, to.id[lane] = goal.id;
+    to.row_scale[lane] = row_scale_of<T>(call, row), to.score[lane] = goal.score, to.id[lane] = goal.id;
     for (int64_t k = 0; k < call.width; ++k)
       to.panel[k * kLanes + lane] = static_cast<double>(value(query[k * call.query.column_stride]));
   }
@@ -130,8 +130,9 @@ SEQREC_INLINE F64 rounded(F64 score) {
 
 // above[lane] += how many of the (padded) items rank above the lane's goal.
 template <class T>
-__attribute__((noinline)) void count_exact(const ExactRows& rows, const ExactItems& items, int64_t width,
+__attribute__((noinline)) void count_exact(const RankCall& call, const ExactRows& rows, const ExactItems& items,
                                            int64_t* above) {
+  const int64_t width = call.width;
   I64 count[kExactVectors]{};
   for (int64_t first = 0; first < items.count; first += kTile) {
     F64 sum[kTile][kExactVectors]{};
@@ -149,12 +150,12 @@ __attribute__((noinline)) void count_exact(const ExactRows& rows, const ExactIte
     }
 #pragma GCC unroll 2
     for (int u = 0; u < kExactVectors; ++u) {
-      const F64 scale = load(rows.scale + u * kLanes64), goal = load(rows.score + u * kLanes64);
+      const F64 row_scale = load(rows.row_scale + u * kLanes64), goal = load(rows.score + u * kLanes64);
       I64 tie;
       __builtin_memcpy(&tie, rows.id + u * kLanes64, sizeof tie);
 #pragma GCC unroll 16
       for (int i = 0; i < kTile; ++i) {
-        const F64 score = rounded<T>(sum[i][u] * scale + items.bias[first + i]);
+        const F64 score = rounded<T>(sum[i][u] * call.scale * row_scale + items.bias[first + i]);
         const I64 over = (I64)(score > goal), equal = (I64)(score == goal) & (I64)(items.id[first + i] < tie);
         count[u] -= over | equal;
       }

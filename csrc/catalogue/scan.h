@@ -121,7 +121,8 @@ struct Task {
         Limits limits{infinite, infinite, 0.0f};
         if (slot < front) {
           const int64_t row = call.rows[s.index[slot]];
-          pack_row(panel, slot, row_of<T>(call.query, row), call.query.column_stride, scale_of<T>(call, row));
+          pack_row(panel, slot, row_of<T>(call.query, row), call.query.column_stride,
+                   call.scale * row_scale_of<T>(call, row));
           limits = limits_of(call.goal[s.index[slot]], query_norm(s.index[slot]), call.width);
         }
         s.counters.low[slot] = limits.low, s.counters.high[slot] = limits.high, s.counters.slope[slot] = limits.slope;
@@ -140,7 +141,7 @@ struct Task {
       const double x = static_cast<double>(value(query[k * call.query.column_stride]));
       squares += x * x;
     }
-    return __builtin_sqrt(squares) * magnitude(scale_of<T>(call, row)) * 1.000001;
+    return __builtin_sqrt(squares) * magnitude(call.scale * row_scale_of<T>(call, row)) * 1.000001;
   }
 
   // Step 2: make the chunk ready: contiguous fp32 rows, start values, the band of each tile, items that need fp64.
@@ -212,7 +213,7 @@ struct Task {
     const int64_t bytes = next_count * call.items.row_stride * static_cast<int64_t>(sizeof(T));
     const char* next = reinterpret_cast<const char*>(row_of<T>(call.items, fetch ? next_item : first_item));
     // Rows far apart in memory are not worth fetching the gaps for.
-    const bool dense = magnitude(static_cast<double>(call.items.row_stride)) < 2.0 * static_cast<double>(call.width);
+    const bool dense = call.items.row_stride < 2 * call.width;
     const int64_t step = fetch && dense ? bytes / (blocks * tiles * turns) : 0;
     for (int64_t block = 0; block < blocks; ++block)
       for (int64_t tile = 0; tile < tiles; ++tile) {
@@ -312,7 +313,7 @@ struct Task {
       pack_exact_rows<T>(call, s.index + slot, static_cast<int>(least(kLanes, end - slot)), rows);
       rows.first = slot;
     }
-    count_exact<T>(rows, s.items, call.width, s.total + slot);
+    count_exact<T>(call, rows, s.items, s.total + slot);
   }
   void count_blocks(int64_t begin, int64_t end) {
     pad_exact_items(s.items, call.width);

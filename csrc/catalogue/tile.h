@@ -39,9 +39,10 @@ SEQREC_INLINE auto at(const VectorView& vector, int64_t i) {
   return value(static_cast<const T*>(vector.data)[i * vector.stride]);
 }
 
+// The factor of one row beside call.scale.
 template <class T>
-SEQREC_INLINE double scale_of(const RankCall& call, int64_t row) {
-  return call.row_scale.data ? call.scale * static_cast<double>(at<T>(call.row_scale, row)) : call.scale;
+SEQREC_INLINE double row_scale_of(const RankCall& call, int64_t row) {
+  return call.row_scale.data ? static_cast<double>(at<T>(call.row_scale, row)) : 1.0;
 }
 
 // One row as contiguous fp32.

@@ -90,37 +90,4 @@ __device__ __forceinline__ float hyperbolic_tangent<bf16>(float x) {
   return tanh_approximate(x);
 }
 
-// How a tile of 16 rows is multiplied with 8 weight rows over 32 bytes of both: 16 values of 16 bits, or 8 of 32 bits.
-// The fragments of all three lie alike in registers, and ldmatrix fills them alike.
-struct Bf16Product {
-  using Element = bf16;
-  static constexpr bool kTensorCores = true;
-  __device__ __forceinline__ static void prepare(uint32_t&) {}
-  __device__ __forceinline__ static void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    mma_m16n8k16_bf16(d, a, b0, b1);
-  }
-};
-struct F16Product {
-  using Element = f16;
-  static constexpr bool kTensorCores = true;
-  __device__ __forceinline__ static void prepare(uint32_t&) {}
-  __device__ __forceinline__ static void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    mma_m16n8k16_f16(d, a, b0, b1);
-  }
-};
-struct Tf32Product {
-  using Element = float;
-  static constexpr bool kTensorCores = true;
-  // The tensor core drops the low 13 bits: rounding first halves the error and removes its bias.
-  __device__ __forceinline__ static void prepare(uint32_t& bits) { bits = round_to_tf32(bits); }
-  __device__ __forceinline__ static void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    mma_m16n8k8_tf32(d, a, b0, b1);
-  }
-};
-// fp32-accurate: fused multiply-adds.
-struct F32Product {
-  using Element = float;
-  static constexpr bool kTensorCores = false;
-};
-
 }  // namespace seqrec_fast

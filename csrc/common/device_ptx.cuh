@@ -13,8 +13,7 @@ struct f16 {
   uint16_t bits;
 };
 
-// ---- values
-// -----------------------------------------------------------------------------------------------------------
+// ---- values ----------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(bf16 x) { return __uint_as_float(uint32_t{x.bits} << 16); }
@@ -64,8 +63,7 @@ __device__ __forceinline__ float tanh_approximate(float x) {
   return y;
 }
 
-// ---- memory
-// -----------------------------------------------------------------------------------------------------------
+// ---- memory ----------------------------------------------------------------------------------------------
 
 // The hardware traps on a misaligned access by itself.
 __device__ __forceinline__ void require_aligned(const void*, int) {}
@@ -93,8 +91,7 @@ __device__ __forceinline__ void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" : : "n"(kPending) : "memory");
 }
 
-// ---- warps
-// ------------------------------------------------------------------------------------------------------------
+// ---- warps -----------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ float shuffle_xor(float x, int lanes) { return __shfl_xor_sync(0xffffffffu, x, lanes); }
 

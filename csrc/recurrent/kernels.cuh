@@ -5,21 +5,20 @@
 //     z = x·W_ihᵀ + b_ih + h·W_hhᵀ + b_hh        c' = σ(z_f)·c + σ(z_i)·tanh(z_g)        h' = σ(z_o)·tanh(c')
 // Nothing of size [B, 4H] is written unless the gates are kept for a backward. There are two forms:
 //
-//  * lstm_step_streamed, below 16 rows. Bound: every weight read once, 4·H·(I + P)·sizeof(T) bytes at the bandwidth of
-//  L2 or
-//    HBM. A warp owns one unit and streams its four weight rows, 512 bytes a load; the rows of x and h come from L1.
-//    fp32 sums.
-//  * lstm_step_tiled, from 16 rows. Bound: 8·B·H·(I + P) FLOPs on the tensor cores through mma.sync (about 62 % of what
-//  wgmma
-//    reaches on sm_90; fp32 at its full accuracy: on the FMA units). A block owns a tile of rows × units and all four
-//    gates of those units, so that a thread ends with i, f, g, o of its cells in its own registers.
+// lstm_step_streamed, below 16 rows. Bound: every weight read once, 4·H·(I + P)·sizeof(T) bytes at the bandwidth of L2
+// or HBM. A warp owns one unit and streams its four weight rows, 512 bytes a load; the rows of x and h come from L1.
 //
-// A row's sums run over k in the same order whatever row it is and whatever rows stand beside it: within one of the
-// classes of choose.cuh a row has the same bits in any batch, and a call has the same bits in any run.
+// lstm_step_tiled, from 16 rows. Bound: 8·B·H·(I + P) FLOPs on the tensor cores through mma.sync (about 62 % of what
+// wgmma reaches on sm_90; fp32 at its full accuracy runs on the FMA units). A block owns a tile of rows × units with
+// all four gates of those units, so that a thread ends with i, f, g, o of its cells in its own registers.
+//
+// A row's sums run over k in the same order whichever row it is, whatever rows stand beside it, and in every tile:
+// below and from 16 rows a row has the same bits in any batch.
 #pragma once
 
 #include "common/device.cuh"
 #include "common/launch_shape.h"
+#include "common/slab.cuh"
 
 namespace seqrec_fast {
 
@@ -34,8 +33,7 @@ struct LstmStepArguments {
   T *h_next, *c_next, *gates;               // [B, H]  [B, H]  [B, 4H] or null
 };
 
-// ---- the cell
-// ---------------------------------------------------------------------------------------------------------
+// ---- the cell --------------------------------------------------------------------------------------------
 
 struct Cell {
   float i, f, g, o, c, h;
@@ -59,8 +57,7 @@ __device__ __forceinline__ float bias_of(const LstmStepArguments<T>& a, int gate
   return (a.b_ih ? to_float(a.b_ih[at]) : 0.0f) + (a.b_hh ? to_float(a.b_hh[at]) : 0.0f);
 }
 
-// ---- few rows: stream the weights
-// -------------------------------------------------------------------------------------
+// ---- few rows: stream the weights ------------------------------------------------------------------------
 
 constexpr int kStreamedWarps = 4;  // and as many units a block
 
@@ -169,13 +166,7 @@ __global__ void __launch_bounds__(32 * kStreamedWarps) lstm_step_streamed(const 
   }
 }
 
-// ---- many rows: tiles
-// -------------------------------------------------------------------------------------------------
-
-// Operands pass through shared memory in slabs: 128 bytes of k of every row of the tile, one row after the other. The
-// eight 16-byte chunks of row r stand in the order chunk ^ (r % 8), so that the same chunk of eight neighbouring rows
-// lies in eight different sets of banks: neither the copies nor the reads of either product have a bank conflict.
-constexpr int kSlabBytes = 128;
+// ---- many rows: tiles ------------------------------------------------------------------------------------
 
 // A block's tile. Warps lie kUnits / 8 across and kRows / kWarpRows down; each owns kWarpRows rows × 8 units × 4 gates.
 // The registers must allow `blocks` of them on a multiprocessor.
@@ -190,98 +181,6 @@ struct StepTile {
   static_assert(kRows % kWarpRows == 0 && kWarpRows % 16 == 0 && kUnits % 8 == 0 && kStages >= 2);
 };
 
-__device__ __forceinline__ int slab_offset(int row, int chunk) { return row * kSlabBytes + (chunk ^ (row % 8)) * 16; }
-
-// Brings the 128 bytes from element k on of rows first…first + kCount - 1 of a matrix [rows, width] into shared memory.
-// What lies outside becomes 0.
-template <int kCount, int kThreads, class T>
-__device__ __forceinline__ void load_rows(unsigned char* slab, const T* matrix, int64_t first, int64_t rows,
-                                          int64_t width, int64_t k) {
-  constexpr int kVector = 16 / sizeof(T), kStep = kThreads / 8;  // eight threads a row
-  static_assert(kCount % kStep == 0 && kStep % 8 == 0);
-  const int row = threadIdx.x / 8, chunk = threadIdx.x % 8;
-  unsigned char* to = slab + slab_offset(row, chunk);
-  k += chunk * kVector;
-  const int64_t last = rows - first;  // of the tile's rows, the first that does not exist
-  const T* from = matrix + (first + row) * width + k;
-  if (width % kVector == 0) {
-#pragma unroll
-    for (int step = 0; step < kCount; step += kStep) {
-      const bool inside = row + step < last && k < width;
-      copy_async_16(to + step * kSlabBytes, inside ? from : matrix, inside);
-      from += kStep * width;
-    }
-  } else {  // rows of such a width are not aligned: element by element, without the asynchronous copy
-#pragma unroll 1
-    for (int step = 0; step < kCount; step += kStep) {
-      T* const elements = reinterpret_cast<T*>(to + step * kSlabBytes);
-#pragma unroll 1
-      for (int e = 0; e < kVector; ++e) elements[e] = row + step < last && k + e < width ? from[e] : T{};
-      from += kStep * width;
-    }
-  }
-}
-
-// z[gate][m][·] += rows · weightᵀ of one slab for a warp's m-th 16 rows and its 8 units, in the accumulator layout of
-// mma.sync: z[gate][m][2·half + e] is row m·16 + half·8 + lane / 4 and unit 2·(lane % 4) + e. Both bodies use it.
-template <class Product, class Tile, int kRowTiles>
-__device__ __forceinline__ void multiply_slab(float (&z)[4][kRowTiles][4], const unsigned char* rows,
-                                              const unsigned char* weight, int warp_row, int warp_unit, int lane) {
-  if constexpr (Product::kTensorCores) {
-#pragma unroll
-    for (int chunk = 0; chunk < 8; chunk += 4) {  // four chunks are two steps of mma.sync
-      uint32_t b[4][4];
-#pragma unroll
-      for (int gate = 0; gate < 4; ++gate) {
-        load_matrices(b[gate], weight + slab_offset(gate * Tile::kUnits + warp_unit + lane % 8, chunk + lane / 8));
-#pragma unroll
-        for (uint32_t& bits : b[gate]) Product::prepare(bits);
-      }
-#pragma unroll
-      for (int m = 0; m < kRowTiles; ++m)
-#pragma unroll
-        for (int step = 0; step < 2; ++step) {
-          uint32_t a[4];
-          load_matrices(a, rows + slab_offset(warp_row + m * 16 + lane % 16, chunk + 2 * step + lane / 16));
-#pragma unroll
-          for (uint32_t& bits : a) Product::prepare(bits);
-#pragma unroll
-          for (int gate = 0; gate < 4; ++gate)
-            Product::multiply(z[gate][m], a, b[gate][2 * step], b[gate][2 * step + 1]);
-        }
-    }
-  } else {
-    // 8 row vectors and 8 weight vectors of four k serve 256 multiply-adds.
-#pragma unroll 1
-    for (int chunk = 0; chunk < 8; ++chunk) {
-      Pack<float, 4> w[4][2];
-#pragma unroll
-      for (int gate = 0; gate < 4; ++gate)
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const int row = gate * Tile::kUnits + warp_unit + 2 * (lane % 4) + e;
-          w[gate][e] = load_pack<4>(reinterpret_cast<const float*>(weight + slab_offset(row, chunk)));
-        }
-#pragma unroll
-      for (int m = 0; m < kRowTiles; ++m)
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int row = warp_row + m * 16 + half * 8 + lane / 4;
-          const auto v = load_pack<4>(reinterpret_cast<const float*>(rows + slab_offset(row, chunk)));
-#pragma unroll
-          for (int gate = 0; gate < 4; ++gate)
-#pragma unroll
-            for (int e = 0; e < 2; ++e)
-#pragma unroll
-              for (int k = 0; k < 4; ++k) {
-                float& sum = z[gate][m][2 * half + e];
-                sum = multiply_add(v.value[k], w[gate][e].value[k], sum);
-              }
-        }
-    }
-  }
-}
-
 // Writes a thread's two units of one row: at once where `even` says that they are aligned, else the `count` that exist.
 template <class T>
 __device__ __forceinline__ void store_units(T* p, float first, float second, bool even, int count) {
@@ -293,7 +192,7 @@ __device__ __forceinline__ void store_units(T* p, float first, float second, boo
   }
 }
 
-// Grid: x over row tiles, y over unit tiles, so that blocks which run together share their weights in L2.
+// Grid: x over row tiles, y over unit tiles: blocks that run together share their weights.
 template <class Product, class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     lstm_step_tiled(const LstmStepArguments<typename Product::Element> a) {
@@ -330,7 +229,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     __syncthreads();  // this slab is there for everyone, and everyone has left the stage that is filled next
     load(slab + Tile::kStages - 1, stage == 0 ? Tile::kStages - 1 : stage - 1);
     const unsigned char* const rows = shared + stage * Tile::kStageBytes;
-    multiply_slab<Product, Tile>(z, rows, rows + Tile::kRows * kSlabBytes, warp_row, warp_unit, lane);
+    multiply_slab<Product, Tile::kUnits>(z, rows, rows + Tile::kRows * kSlabBytes, warp_row, warp_unit, lane);
     stage = stage == Tile::kStages - 1 ? 0 : stage + 1;
   }
 
@@ -371,8 +270,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     }
 }
 
-// ---- backward
-// ---------------------------------------------------------------------------------------------------------
+// ---- backward --------------------------------------------------------------------------------------------
 
 template <class T>
 struct LstmStepBackwardArguments {

@@ -135,14 +135,14 @@ def run_backward(operator: Operator, args: tuple[Any, ...], forced: str) -> tupl
 
 def directions(formula: Formula, **given: Tensor | None) -> dict[str, Tensor]:
     """Tangents or incoming gradients of those tensors that the formula has, zeros where None, in its dtype."""
-    known = {**formula.by_row, **formula.by_item}
-    return {
-        name: torch.zeros_like(known[name])
-        if tensor is None or tensor.shape != known[name].shape
-        else tensor.to(known[name].dtype)
-        for name, tensor in given.items()
-        if name in known
-    }
+    found: dict[str, Tensor] = {}
+    for name, like in {**formula.by_row, **formula.by_item}.items():  # torch.func wants one order
+        if name not in given:
+            continue
+        tensor = given[name]
+        unknown = tensor is None or tensor.shape != like.shape  # [0]: a gradient that nobody asked for
+        found[name] = torch.zeros_like(like) if unknown or tensor is None else tensor.to(like.dtype)
+    return found
 
 
 def as_gradients(

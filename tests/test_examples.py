@@ -1,0 +1,55 @@
+"""Every example runs, and the demo writes its picture and a folder that can be served from."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def run(name: str, *arguments: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", [str(EXAMPLES / name), *arguments])
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+
+
+def test_own_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    run("own_loop.py", str(tmp_path / "weights.safetensors"), monkeypatch=monkeypatch)
+    assert capsys.readouterr().out.count("full ranking over 500 items") == 2
+    assert (tmp_path / "weights.safetensors").exists()
+
+
+def test_drop_in(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    run("drop_in.py", monkeypatch=monkeypatch)
+    loss, gap, _ = capsys.readouterr().out.splitlines()
+    stock, ours = (float(word) for word in loss.replace("(stock)", "").removeprefix("loss: ").split(" and "))
+    assert ours == pytest.approx(stock, rel=1e-5)
+    assert float(gap.rsplit(maxsplit=1)[1]) < 1e-5
+
+
+def test_live_session(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    run("live_session.py", monkeypatch=monkeypatch)
+    live, whole, *_ = capsys.readouterr().out.splitlines()
+    assert live.split(": ")[1] == whole.split(": ")[1]
+
+
+def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--users", "150", "--items", "80", "--steps", "2", "--epochs", "1", "--out", str(tmp_path)]
+    with pytest.raises(SystemExit) as ended:
+        run("demo.py", *arguments, monkeypatch=monkeypatch)
+    captured = capsys.readouterr()
+    assert ended.value.code == 0, captured.err
+    for part in ("stock torch", "an epoch of", "extra memory of a step", "Markov", "Popularity", "history of"):
+        assert part in captured.out
+    assert captured.out.count("moved most by") == 3
+    assert captured.out.count("largest attention weights") == 3
+    assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "run" / "model.safetensors").exists()
+    with pytest.raises(SystemExit) as ended:
+        run("demo.py", *arguments, "--epochs", "0", monkeypatch=monkeypatch)
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == "demo: max_epochs must be at least 1, got 0\n"

@@ -17,6 +17,12 @@ class Batch(NamedTuple):
     target: Tensor
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """These tensors are small: a second thread would only wait, and on a busy machine wait long."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture
 def batch() -> Batch:
     """Histories of lengths 1, T and between; −1 in the padding, so that a look at it would be an error."""

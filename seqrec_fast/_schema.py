@@ -89,7 +89,7 @@ CATALOGUE = {
     # ->  loss, lse [B] fp32 (fp64); with save_context: context [B,d] (sum of p v), and with smoothing mean_vectors [B,d] (sum of
     # u v), else [0]. sparse_grad, skip_mass and skipped ([B], written by the backward) concern the gradient alone.
     "catalogue_cross_entropy": f"(Tensor query, Tensor items, {_TARGETS}, {_LOGITS}, {_LOSS}, float skip_mass,"
-    " Tensor? skipped, bool sparse_grad, bool save_context, bool every_lse, int precision)"
+    " Tensor? skipped, bool sparse_grad, bool save_context, int precision)"
     " -> (Tensor loss, Tensor lse, Tensor context, Tensor mean_vectors)",
     "catalogue_cross_entropy_backward": "(Tensor grad_loss, Tensor grad_lse, Tensor lse, Tensor context,"
     f" Tensor mean_vectors, Tensor query, Tensor items, {_TARGETS}, {_LOGITS}, {_LOSS}, float skip_mass,"

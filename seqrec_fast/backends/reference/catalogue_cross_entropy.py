@@ -122,12 +122,11 @@ class Arguments:
         logits = self.logits.take_rows(rows)
         return replace(self, target=target, target_weights=weights, target_crow=crow, logits=logits)
 
-    def problem(self, query: Tensor, items: Tensor, *, compact: bool) -> Problem:
-        """``compact``: leave ignored rows out where that needs no synchronisation (on the CPU)."""
+    def problem(self, query: Tensor, items: Tensor) -> Problem:
         wide = wide_dtype(query.dtype)
         arguments, kept = self, None
         targets = self.targets(query.shape[0], wide)
-        if compact and query.device.type == "cpu" and not bool(targets.valid.all()):
+        if query.device.type == "cpu" and not bool(targets.valid.all()):
             kept = targets.valid.nonzero()[:, 0]
             query, arguments = query[kept], self.take_rows(kept)
             targets = arguments.targets(len(kept), wide)
@@ -149,20 +148,22 @@ def forward(
     ignore_index: int,
     label_smoothing: float,
     smoothing_prior: Tensor | None,
+    skip_mass: float,
+    skipped: Tensor | None,
+    sparse_grad: bool,
     save_context: bool,
-    every_lse: bool,
     precision: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The operator ``catalogue_cross_entropy``.
 
     Returns:
-        loss and lse [B] in the wide dtype; with ``save_context`` Σ p·v [B, d], and with smoothing Σ u·v [B, d], else [0]. The
-        lse of ignored rows is 0 unless ``every_lse``.
+        loss and lse [B] in the wide dtype; with ``save_context`` Σ p·v [B, d], and with smoothing Σ u·v [B, d], else [0]. Ignored
+        rows have loss and lse 0.
     """
     logits = LogitSpec(scale, row_scale, bias, exclude, exclude_crow)
     arguments = Arguments(target, target_weights, target_crow, logits, ignore_index, label_smoothing, smoothing_prior)
     arguments.check(items.shape[0])
-    problem = arguments.problem(query, items, compact=not every_lse)
+    problem = arguments.problem(query, items)
     with plain_arithmetic(query.device, precision):
         scan, pairs = problem.scan(precision)
         result = softmax_scan(scan, targets=pairs, context=save_context)
@@ -176,7 +177,7 @@ def forward(
             mean_vectors = problem.to_rows(problem.smoothing.mean_vectors(items).to(scan.dtype), num_rows)
     return (
         problem.to_rows(loss, num_rows),
-        lse if problem.kept is None else problem.to_rows(lse, num_rows),
+        problem.to_rows(lse, num_rows),
         context,
         mean_vectors,
     )
@@ -235,7 +236,7 @@ def backward(
     """
     logits = LogitSpec(scale, row_scale, bias, exclude, exclude_crow)
     arguments = Arguments(target, target_weights, target_crow, logits, ignore_index, label_smoothing, smoothing_prior)
-    problem = arguments.problem(query, items, compact=True)
+    problem = arguments.problem(query, items)
     wide, num_rows = lse.dtype, query.shape[0]
     valid = problem.targets.valid
     grad_loss, grad_lse, lse = (problem.of_rows(t.to(wide)) for t in (grad_loss, grad_lse, lse))

@@ -187,7 +187,7 @@ def _score(query: Tensor, items: Tensor, row_scale: Tensor | None, bias: Tensor 
         items = torch.cat([items, items.new_zeros((1, items.shape[1]))])  # every id is padding
         bias = None if bias is None else torch.cat([bias, bias.new_zeros(1)])
     no_target, no_negative = sampled.hidden(bias)
-    target_vectors, negative_vectors = items[t], items[n]
+    target_vectors, negative_vectors = items[t].to(scaled.dtype), items[n].to(scaled.dtype)
     target_scores = torch.einsum("bd,bpd->bp", scaled, target_vectors)
     negative_scores = torch.einsum("bd,nd->bn" if n.dim() == 1 else "bd,bnd->bn", scaled, negative_vectors)
     if bias is not None:

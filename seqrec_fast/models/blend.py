@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from ._checkpoint import SavedModule
 from ._histories import IGNORE
 from ._ranking import DenseRecommender, LogitModel
 
-Normalise = Literal["none", "log_softmax"]
+Normalise = Literal["none", "softmax", "log_softmax"]
 
 
 class Blend(DenseRecommender):
@@ -24,8 +24,10 @@ class Blend(DenseRecommender):
             alone, any modules whose call gives logits.
         weights: one number a model, used as given (they need not sum to 1); None: 1/M each; ``"learned"``: the softmax of
             parameters, which start equal.
-        normalise: ``"log_softmax"`` turns every model's scores into log-probabilities first, so that models of different
-            scale can be mixed (a Markov model's are log-probabilities already); ``"none"`` takes them as they are.
+        normalise: what becomes of each model's scores first, so that models of different scale can be mixed:
+            ``"softmax"`` makes them probabilities (a mixture: one model that is sure is enough), ``"log_softmax"``
+            log-probabilities (a product of powers: every model has a veto; a Markov model's scores are such already),
+            ``"none"`` leaves them.
 
     Raises:
         TypeError: something that is not a module, or an unknown kind of weights.
@@ -56,8 +58,8 @@ class Blend(DenseRecommender):
         for place, model in enumerate(models):
             if not isinstance(model, nn.Module):
                 raise TypeError(f"models[{place}] must be an nn.Module, got {type(model).__name__}")
-        if normalise not in ("none", "log_softmax"):
-            raise ValueError(f"normalise must be 'none' or 'log_softmax', got {normalise!r}")
+        if normalise not in get_args(Normalise):
+            raise ValueError(f"normalise must be 'none', 'softmax' or 'log_softmax', got {normalise!r}")
         sizes = [getattr(model, "num_items", None) for model in models]
         known = {size for size in sizes if size is not None}
         if len(known) > 1:
@@ -98,8 +100,9 @@ class Blend(DenseRecommender):
         return cast(Tensor, self.fixed_weights)
 
     def _sum(self, scores: Sequence[Tensor]) -> Tensor:
-        if self.normalise == "log_softmax":
-            scores = [F.log_softmax(part, -1, dtype=torch.promote_types(part.dtype, torch.float32)) for part in scores]
+        if self.normalise != "none":
+            function = F.softmax if self.normalise == "softmax" else F.log_softmax
+            scores = [function(part, -1, dtype=torch.promote_types(part.dtype, torch.float32)) for part in scores]
         blended = self.weights[0] * scores[0]
         for weight, part in zip(self.weights[1:], scores[1:], strict=True):
             blended = blended + weight * part
@@ -121,11 +124,16 @@ class Blend(DenseRecommender):
     def loss(self, ids: Tensor, lengths: Tensor | None, target: Tensor) -> Tensor:
         """Mean cross-entropy of the item after each history, ``target`` int64 [B]: to learn the weights.
 
-        −100 is ignored. Holds the [B, I] scores of every model, so keep the batch small; O(M·B·I).
+        The distribution is the softmax of the blended scores; blended probabilities (``normalise="softmax"``) are one
+        already, once divided by their sum. −100 is ignored. Holds the [B, I] scores of every model, so keep the batch
+        small; O(M·B·I).
         """
         if not isinstance(target, Tensor) or target.dtype != torch.int64 or target.shape != ids.shape[:1]:
             raise ValueError(f"target must be an int64 tensor of shape [B] = {tuple(ids.shape[:1])}")
-        return F.cross_entropy(self.logits(ids, lengths), target, ignore_index=IGNORE)
+        scores = self.logits(ids, lengths)
+        if self.normalise == "softmax":
+            scores = scores.log()  # the softmax of a logarithm divides by the sum
+        return F.cross_entropy(scores, target, ignore_index=IGNORE)
 
     def config_dict(self) -> dict[str, Any]:
         parts = []

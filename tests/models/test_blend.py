@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -37,8 +36,18 @@ def test_log_softmax_mixes_log_probabilities(models, batch):
     torch.testing.assert_close(blend.logits(batch.ids, batch.lengths), 0.25 * a.log_softmax(1) + 0.75 * b)
 
 
-def test_learned_weights_find_the_better_model(models, batch):
-    blend = Blend(models[1:], "learned", normalise="log_softmax")
+def test_softmax_mixes_probabilities(models, batch):
+    blend = Blend(models[:2], [0.5, 1.5], normalise="softmax")
+    a, b = (model.logits(batch.ids, batch.lengths).softmax(1) for model in models[:2])
+    mixture = 0.5 * a + 1.5 * b
+    torch.testing.assert_close(blend.logits(batch.ids, batch.lengths), mixture)
+    expected = -(mixture[torch.arange(4), batch.target] / 2).log().mean()
+    torch.testing.assert_close(blend.loss(*batch), expected)
+
+
+@pytest.mark.parametrize("normalise", ["softmax", "log_softmax"])
+def test_learned_weights_find_the_better_model(models, batch, normalise):
+    blend = Blend(models[1:], "learned", normalise=normalise)
     torch.testing.assert_close(blend.weights, torch.full((2,), 0.5))
     # the last step of each history is what the Markov model was fitted on
     long = batch.lengths > 1
@@ -108,7 +117,6 @@ def test_bad_input(models):
     with pytest.raises(ValueError, match=r"must score the same catalogue, got num_items \[37, 5\]"):
         Blend([models[1], Popularity(5)])
     with pytest.raises(ValueError, match="normalise must be"):
-        Blend(models, normalise="softmax")
+        Blend(models, normalise="tanh")
     with pytest.raises(IndexError, match=r"target\[0\] is 37"):
         Blend(models).rank(torch.tensor([[1]]), None, torch.tensor([37]))
-    assert isinstance(np.asarray(Blend(models).weights), np.ndarray)

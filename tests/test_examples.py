@@ -7,6 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """Small work on a busy machine is fastest so; the thread count is put back after every test."""
+    torch.set_num_threads(1)
+
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import pkgutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import cast
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-import seqrec_fast  # noqa: F401  (defines the operators that a loaded program calls)
+import seqrec_fast.ops
 from seqrec_fast._files import written_beside
 
 Encoder = Callable[[Tensor, Tensor], Tensor]
@@ -74,14 +76,25 @@ def export_encoder(model: nn.Module, path: str | os.PathLike[str] | None = None)
 def load_encoder(path: str | os.PathLike[str]) -> Encoder:
     """Read what :func:`export_encoder` wrote: a function of (ids [B, T], lengths [B]) that gives [B, d].
 
+    The code of the model is not needed, nor imported. (``torch.export.load`` alone needs the operators to be there already:
+    they are defined when they are first used, not by ``import seqrec_fast``.)
+
     Raises:
         FileNotFoundError: no such file.
         ValueError: a file that holds no exported program.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no exported program {path}")
+    _define_operators()
     try:
         program = torch.export.load(path)
     except Exception as error:  # torch raises many kinds for a broken archive
         raise ValueError(f"{path} does not hold an exported program: {str(error).splitlines()[0]}") from error
     return cast(Encoder, program.module())
+
+
+def _define_operators() -> None:
+    """Import every public operator, which defines it for torch."""
+    for module in pkgutil.iter_modules(seqrec_fast.ops.__path__):
+        if not module.name.startswith("_"):
+            importlib.import_module(f"seqrec_fast.ops.{module.name}")

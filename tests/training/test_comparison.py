@@ -11,6 +11,12 @@ from seqrec_fast.models import RecommenderConfig
 from seqrec_fast.training.comparison import Comparison, Side, compare_with_stock
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """Small work on a busy machine is fastest so; the thread count is put back after every test."""
+    torch.set_num_threads(1)
+
+
 @pytest.mark.parametrize("encoder", ["lstm", "gru", "cnn"])
 def test_both_take_the_same_steps(encoder: str) -> None:
     split = leave_one_out(synthetic(num_users=40, num_items=50, mean_length=8))

@@ -13,6 +13,13 @@ from seqrec_fast.data import EvaluationBatch, Split, evaluation_loader, leave_on
 from seqrec_fast.models import Blend, Markov, Popularity, SequenceRecommender
 from seqrec_fast.training import RankMetrics, evaluate, rank_from_scores, target_ranks, train_epoch
 
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """Small work on a busy machine is fastest so; the thread count is put back after every test."""
+    torch.set_num_threads(1)
+
+
 ITEMS = 50
 
 

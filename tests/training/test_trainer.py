@@ -22,6 +22,13 @@ from seqrec_fast.data import Split, evaluation_loader, leave_one_out, synthetic,
 from seqrec_fast.models import SequenceRecommender
 from seqrec_fast.training import FitOptions, FitResult, OptimizerOptions, TrainingInterrupted, evaluate, fit
 
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """Small work on a busy machine is fastest so; the thread count is put back after every test."""
+    torch.set_num_threads(1)
+
+
 ITEMS = 60
 
 

@@ -73,28 +73,36 @@ def plus(value: Tensor, bias: Tensor | None) -> Tensor:
     return value if bias is None else value + bias
 
 
-def input_part(call: Call, row: int, step: int) -> Tensor:
+Product = Callable[[Tensor, Tensor], Tensor]
+
+
+def backwards_product(weight: Tensor, vector: Tensor) -> Tensor:
+    """The same product, summed from the other end."""
+    return weight.flip(1) @ vector.flip(0)
+
+
+def input_part(call: Call, row: int, step: int, product: Product) -> Tensor:
     tokens = call.x if call.ids is None else call.ids
     token = tokens[row, step] if call.batch_first else tokens[step, row]
     x = token if call.ids is None else call.x[int(token)]
-    return layer_norm(x if call.w_ih is None else call.w_ih @ x, call.ln_ih)
+    return layer_norm(x if call.w_ih is None else product(call.w_ih, x), call.ln_ih)
 
 
-def lstm_step(call: LSTMCall, row: int, step: int, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    z = plus(input_part(call, row, step), call.b_ih)
-    z = z + plus(layer_norm(call.w_hh @ (recurrent_factor(call, row, h) * h), call.ln_hh), call.b_hh)
+def lstm_step(call: LSTMCall, row: int, step: int, product: Product, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    z = plus(input_part(call, row, step, product), call.b_ih)
+    z = z + plus(layer_norm(product(call.w_hh, recurrent_factor(call, row, h) * h), call.ln_hh), call.b_hh)
     i, f, g, o = z.chunk(4)
     c_new = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
     y = c_new if call.ln_c is None else plus(layer_norm(c_new, call.ln_c), call.ln_c_bias)
     h_new = torch.sigmoid(o) * torch.tanh(y)
     if call.w_hr is not None:
-        h_new = call.w_hr @ h_new
+        h_new = product(call.w_hr, h_new)
     return zoned(call, ZONE_H, row, step, h, h_new), zoned(call, ZONE_C, row, step, c, c_new)
 
 
-def gru_step(call: GRUCall, row: int, step: int, h: Tensor) -> tuple[Tensor]:
-    u_r, u_z, u_n = plus(input_part(call, row, step), call.b_ih).chunk(3)
-    v = plus(layer_norm(call.w_hh @ (recurrent_factor(call, row, h) * h), call.ln_hh), call.b_hh)
+def gru_step(call: GRUCall, row: int, step: int, product: Product, h: Tensor) -> tuple[Tensor]:
+    u_r, u_z, u_n = plus(input_part(call, row, step, product), call.b_ih).chunk(3)
+    v = plus(layer_norm(product(call.w_hh, recurrent_factor(call, row, h) * h), call.ln_hh), call.b_hh)
     v_r, v_z, v_n = v.chunk(3)
     r, z = torch.sigmoid(u_r + v_r), torch.sigmoid(u_z + v_z)
     n = torch.tanh(u_n + r * v_n)
@@ -109,7 +117,7 @@ def drops_state(call: Call, row: int, step: int, length: int) -> bool:
     return bool(call.reset[row, step])
 
 
-def naive(call: Call) -> tuple[Tensor, ...]:
+def naive(call: Call, product: Product = torch.mv) -> tuple[Tensor, ...]:
     """(output, h_n[, c_n]); output is [B, T, P] or [T, B, P] as the call says, also with last_only."""
     steps, rows = call.steps_and_rows
     step_of: Callable[..., tuple[Tensor, ...]] = lstm_step if isinstance(call, LSTMCall) else gru_step
@@ -121,7 +129,7 @@ def naive(call: Call) -> tuple[Tensor, ...]:
         for step in reversed(range(length)) if call.reverse else range(length):
             if drops_state(call, row, step, length):
                 state = tuple(torch.zeros_like(part) for part in state)
-            state = step_of(call, row, step, *state)
+            state = step_of(call, row, step, product, *state)
             outputs[row][step] = state[0]
         last.append(state)
     width = call.h.shape[1]
@@ -311,3 +319,50 @@ def gradient_seeds(call: Call, results: tuple[Tensor, ...]) -> tuple[Tensor, ...
     if call.last_only:
         seeds[0] = torch.zeros_like(seeds[0])
     return tuple(seeds)
+
+
+# One step, as sequences of length one.
+
+STEP_CASES = [
+    Case("one_of_each", rows=1, steps=1, inputs=1, hidden=1),
+    Case("no_rows", rows=0, steps=1),
+    Case("no_bias", steps=1, bias=False),
+    Case("prime", rows=17, steps=1, inputs=13, hidden=31),
+    Case("tile_minus_one", rows=15, steps=1, inputs=15, hidden=15),
+    Case("tile", rows=16, steps=1, inputs=64, hidden=32),
+    Case("tile_plus_one", rows=33, steps=1, inputs=65, hidden=17),
+    Case("one_row", rows=1, steps=1, inputs=128, hidden=128),
+    Case("saturated", steps=1, scale=30.0),
+    Case("tiny", steps=1, scale=1e-6),
+    Case("equal_rows", steps=1, data="equal"),
+]
+CASES_OF = {"lstm": LSTM_CASES, "gru": CASES, "lstm_step": STEP_CASES, "gru_step": STEP_CASES}
+
+
+def error(actual: Tensor, truth: Tensor) -> float:
+    """The largest absolute error; infinite where only one of the two is finite."""
+    if not truth.numel():
+        return 0.0
+    difference = (actual.double() - truth).abs()
+    both_nan = actual.double().isnan() & truth.isnan()
+    return float(difference.masked_fill(both_nan, 0).nan_to_num(nan=float("inf")).max())
+
+
+def assert_no_worse_than_eager(
+    name: str, actual: Tensor, eager: tuple[Tensor, ...], truth: Tensor, factor: float
+) -> None:
+    """Error ≤ factor × eager's own error in the same dtype, plus two roundings of the largest value.
+
+    Eager's is the larger of two runs that sum in opposite orders: over nine units, one run's largest error is a matter of luck.
+
+    Nor is the error biased: truncating instead of rounding puts its mean at half of its maximum.
+    """
+    assert actual.dtype == eager[0].dtype
+    assert actual.shape == truth.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(truth.shape)}"
+    unit = torch.finfo(actual.dtype).eps * float(truth.nan_to_num().abs().max() if truth.numel() else 0.0)
+    own, yardstick = error(actual, truth), max(error(run, truth) for run in eager)
+    bound = factor * yardstick + 2 * unit
+    assert own <= bound, f"{name}: error {own:.3g}, eager's is {yardstick:.3g}, the bound {bound:.3g}"
+    if truth.numel() >= 256:
+        mean = abs(float((actual.double() - truth).mean()))
+        assert mean <= 0.4 * max(own, unit), f"{name}: mean signed error {mean:.3g} against a largest of {own:.3g}"

@@ -133,12 +133,19 @@ class ProjectedTables:
         stamp = (table._version, weight._version, table.data_ptr(), weight.data_ptr(), current_precision())
         kept = self._kept.pop(key, None)
         if kept is None or kept.table() is not table or kept.weight() is not weight or kept.stamp != stamp:
+            owners = (weakref.ref(owner, lambda _: self._forget(key)) for owner in (table, weight))
             with torch.no_grad():
-                kept = _Projected(weakref.ref(table), weakref.ref(weight), stamp, table @ weight.t())
+                kept = _Projected(*owners, stamp=stamp, rows=table @ weight.t())
         self._kept[key] = kept  # the most recently used is last
         for old in list(self._kept)[:-KEPT_TABLES]:
             del self._kept[old]
         return kept.rows
+
+    def _forget(self, key: tuple[int, int]) -> None:
+        """Drop an entry whose table or weight died; another may have taken its key."""
+        kept = self._kept.get(key)
+        if kept is not None and (kept.table() is None or kept.weight() is None):
+            del self._kept[key]
 
 
 PROJECTED = ProjectedTables()

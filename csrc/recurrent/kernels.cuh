@@ -81,7 +81,7 @@ __device__ __forceinline__ void add_lane_dots(float (&z)[4][kRows], const T* row
   constexpr int kVector = 16 / sizeof(T);
   // Two trips at once keep 4 KB a warp in flight; with 16 rows the registers hold one, and the arithmetic is the limit
   // anyway.
-  constexpr int kTrips = kRows < 16 ? 2 : 1;
+  [[maybe_unused]] constexpr int kTrips = kRows < 16 ? 2 : 1;
 #pragma unroll kTrips
   for (int64_t k = lane * kVector; k < width; k += 32 * kVector) {
     float w[4][kVector];

@@ -14,6 +14,18 @@ constexpr bool kIsDouble = false;
 template <>
 inline constexpr bool kIsDouble<double> = true;
 
+// The empty assembly keeps the two conversions apart: g++ 12 drops them in one branch of what it makes of Pairs::score
+// at -O3 (a wrong result of its SLP vectoriser), and then ties are none.
+SEQREC_INLINE double rounded_to_float(double x) {
+  float y = static_cast<float>(x);
+#if defined(__x86_64__)
+  asm("" : "+x"(y));
+#elif defined(__aarch64__)
+  asm("" : "+w"(y));
+#endif
+  return y;
+}
+
 struct Goal {
   double score;  // -inf for a target that comes after every ranked item
   int64_t id;    // wins ties against larger ids; -1 where score is -inf, so that items of score -inf never rank
@@ -59,7 +71,7 @@ struct Pairs {
     for (int j = 0; j < count; ++j) {
       double s = sum[j] * call.scale * row_scale_of<T>(call, row[j]);
       if (call.bias.data) s += static_cast<double>(at<T>(call.bias, item[j]));
-      out[j] = kIsDouble<T> ? s : static_cast<double>(static_cast<float>(s));
+      out[j] = kIsDouble<T> ? s : rounded_to_float(s);
     }
   }
 };

@@ -114,7 +114,8 @@ def native_extension() -> dict[str, object]:
         cpp.CUDA_HOME = str(toolkit)  # torch leaves this None when torch itself is a CPU build
         os.environ["TORCH_CUDA_ARCH_LIST"] = "8.0"  # asked for by torch, overruled by our own -gencode list
         sources += sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("*/cuda.cu"))
-        flags["nvcc"] = ["-O3", "-std=c++20", "-lineinfo", *GENCODE, *STABLE_ABI]
+        host = "-Xcompiler=-fvisibility=hidden,-ffp-contract=off"
+        flags["nvcc"] = ["-O3", "-std=c++20", "-lineinfo", "--compress-mode=size", host, *GENCODE, *STABLE_ABI]
         include.append(str(toolkit / "include"))
         link = {"library_dirs": [str(toolkit / "lib64")], "libraries": ["cudart_static", "rt", "dl", "pthread"]}
 

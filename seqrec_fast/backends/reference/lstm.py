@@ -167,7 +167,9 @@ class _Step:
         y = c_new
         if self.ln_c is not None:
             y = F.layer_norm(c_new, (hidden,), self.ln_c, self.ln_c_bias, LAYER_NORM_EPS)
-        h_new = torch.tanh(y).mul_(o)
+        h_is_final = not keeps_former and self.w_hr_t is None and self.dtype == self.wide
+        h_slot = state_slot if h_is_final else None
+        h_new = torch.tanh(y, out=h_slot).mul_(o)
         if self.w_hr_t is not None:
             h_new = h_new @ self.w_hr_t
         if self.zoned:
@@ -180,6 +182,6 @@ class _Step:
             cell_slot.copy_(c_new)
         if self.dtype != self.wide:
             h_new = h_new.to(self.dtype).to(self.wide)
-        if state_slot is not None:
+        if state_slot is not None and h_slot is None:
             state_slot.copy_(h_new)
         return h_new, c_new

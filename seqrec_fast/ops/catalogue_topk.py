@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import _dispatch
 from .._dispatch import Spec
-from .._logits import LogitSpec
+from .._logits import LogitSpec, wide_dtype
 from .._operator import Operator
 from ..backends.reference import _topk_derivatives as derivatives
 from ..backends.reference import catalogue_topk as reference
@@ -85,7 +85,7 @@ def _describe_backward(grad: Tensor, indices: Tensor, query: Tensor, *rest: Any)
 
 def _fake(query: Tensor, items: Tensor, k: int, *rest: Any) -> tuple[Tensor, Tensor]:
     shape = (query.shape[0], k)
-    values = query.new_empty(shape, dtype=reference.result_dtype(query.dtype))
+    values = query.new_empty(shape, dtype=wide_dtype(query.dtype))
     return values, query.new_empty(shape, dtype=torch.int64)
 
 

@@ -14,18 +14,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..._logits import LogitSpec
+from ..._logits import LogitSpec, wide_dtype
 from ._scan import Block, Chunk, Exclusion, Plan, Scan, dead_items
 
 # Pairs that are summed in order at a time: their vectors are gathered.
 GATHERED_NUMBERS = 1 << 22
 # Above this share of a buffer, summing the whole of it in order is cheaper than gathering.
 DENSE_SHARE = 1 / 16
-
-
-def result_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type a score is rounded to."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class Exact:
@@ -44,7 +39,7 @@ class Exact:
         self.row_scale = None if logits.row_scale is None else logits.row_scale.double()  # [B]
         self.bias = None if logits.bias is None else logits.bias.double()  # [I]
         self.dead = dead_items(logits.bias)  # bool [I]
-        self.dtype = result_dtype(query.dtype)
+        self.dtype = wide_dtype(query.dtype)  # what a score is rounded to
 
     def pairs(self, rows: Tensor, items: Tensor) -> Tensor:
         """[N] rounded scores; rows and items int64 [N], in range."""

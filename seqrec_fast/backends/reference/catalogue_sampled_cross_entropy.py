@@ -139,14 +139,25 @@ class Sampled:
             return torch.zeros_like(ids, dtype=torch.bool)
         if excluded.dim() == 1 and crow is None:
             return shared_items(excluded, self.num_items)[ids.clamp(0, self.num_items - 1)]
-        # Membership by binary search among the sorted keys row·I + id.
-        num_rows = ids.shape[0]
-        rows, items = listed_pairs(excluded, crow, num_rows)
-        inside = (items >= 0) & (items < self.num_items)
-        keys = torch.where(inside, rows * self.num_items + items, -1).sort().values
-        wanted = torch.arange(num_rows, device=ids.device)[:, None] * self.num_items + ids
+        if crow is None:
+            return _in_rows(ids, excluded)
+        rows, items = listed_pairs(excluded, crow, ids.shape[0])
+        keys = torch.where(items < self.num_items, rows * self.num_items + items, -1).sort().values
+        wanted = torch.arange(ids.shape[0], device=ids.device)[:, None] * self.num_items + ids
         place = torch.searchsorted(keys, wanted.contiguous()).clamp_max(keys.shape[0] - 1)
         return (keys[place] == wanted) & (ids >= 0)
+
+
+def _in_rows(ids: Tensor, listed: Tensor) -> Tensor:
+    """bool [B, n]: which of ``ids`` [B, n] are in their row of ``listed`` [B, m]."""
+    if torch._C._are_functorch_transforms_active():  # the batching rule of searchsorted warns about its own layout
+        found = torch.zeros_like(ids, dtype=torch.bool)
+        for column in listed.unbind(1):
+            found = found | (ids == column[:, None])
+        return found
+    ordered = listed.to(ids.dtype).sort(dim=1).values
+    place = torch.searchsorted(ordered, ids.contiguous()).clamp_max(listed.shape[1] - 1)
+    return ordered.gather(1, place) == ids
 
 
 def _padded(ids: Tensor, weights: Tensor | None, crow: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -1,0 +1,56 @@
+// For tests/backends/test_recurrent_sanitized.py: every recurrent kernel of one CPU tier on arrays of exactly their
+// size, to be built with AddressSanitizer and UndefinedBehaviorSanitizer. Prints the number of calls. With any argument
+// one array is a value short, which must be noticed.
+#include <stdio.h>
+#include <stdlib.h>
+
+#include <initializer_list>
+
+#include "recurrent/kernels.h"
+
+using namespace seqrec_fast;
+
+static size_t width(Scalar scalar) { return scalar == Scalar::kDouble ? 8 : scalar == Scalar::kFloat ? 4 : 2; }
+
+// A heap array of small values (0x3c… is about 0.01 in every format), so that a read or write past it is seen.
+struct Array {
+  Array(int64_t count, size_t bytes) : data((unsigned char*)malloc(count * bytes)) {
+    for (size_t i = 0; i < count * bytes; ++i) data[i] = (unsigned char)(i % bytes == bytes - 1 ? 0x3c : i * 37);
+  }
+  Array(const Array&) = delete;
+  ~Array() { free(data); }
+  operator void*() const { return data; }
+  unsigned char* data;
+};
+
+static void step(const RecurrentKernels& kernels, const StepSizes& s, bool with_bias, int missing) {
+  const size_t w = width(s.scalar), wide = w < 4 ? 4 : w;
+  const auto [rows, input, projected, hidden, scalar] = s;
+  const Array x(rows * input, w), h(rows * projected, w), c(rows * hidden, w), w_ih(4 * hidden * input, w),
+      w_hh(4 * hidden * projected, w), b(4 * hidden, w), h_next(rows * hidden, w), c_next(rows * hidden, w),
+      gates(rows * 4 * hidden, w), scratch(kRowBlock * (input + projected), 4);
+  void* const bias = with_bias ? (void*)b : nullptr;
+  kernels.lstm_step({s, x, h, c, w_ih, w_hh, bias, bias, h_next, c_next, with_bias ? (void*)gates : nullptr}, 0,
+                    step_tasks(s), w == 2 ? (float*)(void*)scratch : nullptr);
+
+  const Array grad_h(rows * hidden, w), grad_c(rows * hidden, w), dz(rows * gradient_stride(hidden), wide),
+      dx(rows * input, w), dh(rows * projected, w), dc(rows * hidden, w), dw_ih(4 * hidden * input, w),
+      dw_hh(4 * hidden * projected - missing, w), db(4 * hidden, w);
+  const LstmStepBackward backward{s,     grad_h, grad_c, x,  h,  c,     c_next, w_ih, w_hh,
+                                  gates, dz,     dx,     dh, dc, dw_ih, dw_hh,  db};
+  kernels.lstm_step_gate_gradients(backward, 0, rows);
+  kernels.lstm_step_products(backward, 0, kProductParts);
+}
+
+int main(int arguments, char**) {
+  const int64_t shapes[][4] = {{1, 1, 1, 1},     {2, 3, 5, 7},    {3, 0, 4, 4},     {5, 17, 16, 15}, {7, 64, 65, 3},
+                               {13, 33, 31, 18}, {50, 8, 19, 33}, {259, 5, 6, 130}, {6, 70, 4, 16},  {1, 130, 129, 20}};
+  int calls = 0;
+  for (const auto& [rows, input, projected, hidden] : shapes)
+    for (const Scalar scalar : {Scalar::kFloat, Scalar::kDouble, Scalar::kBFloat16, Scalar::kHalf})
+      for (const bool with_bias : {false, true}) {
+        step(SEQREC_TIER::recurrent_kernels, {rows, input, projected, hidden, scalar}, with_bias, arguments - 1);
+        ++calls;
+      }
+  printf("%d\n", calls);
+}

@@ -30,6 +30,7 @@ from seqrec_fast.training.settings import RunSettings
 
 # Small enough for two cores, large enough that a sequence model beats the floors.
 SETTINGS = {"learning_rate": 3e-3, "max_epochs": 10, "patience": 3, "schedule": "cosine", "warmup_steps": 20}
+MOST_SECONDS_COMPARED = 40  # a slow or busy machine compares fewer steps
 
 
 def main() -> int:
@@ -117,6 +118,8 @@ def compare(interactions: data.Interactions, settings: RunSettings, steps: int, 
             settings.model,
             batches,
             learning_rate=settings.fit.optimizer.learning_rate,
+            device="cuda" if torch.cuda.is_available() else "cpu",
+            max_seconds=MOST_SECONDS_COMPARED,
             on_step=lambda done: progress.update(task, completed=done),
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -68,7 +69,9 @@ def compare_with_stock(
     *,
     learning_rate: float = 1e-3,
     seed: int = 0,
+    device: torch.device | str = "cpu",
     memory: bool = True,
+    max_seconds: float = math.inf,
     on_step: Callable[[int], None] | None = None,
 ) -> Comparison:
     """Train :class:`SequenceRecommender` and :class:`StockRecommender` side by side.
@@ -80,10 +83,12 @@ def compare_with_stock(
 
     Args:
         config: of the model; its dropout is set to 0.
-        batches: training batches on the CPU.
+        batches: training batches.
         learning_rate: of both.
         seed: of the weights.
+        device: where both run.
         memory: also measure memory (two short processes).
+        max_seconds: take no further batch after this long (but at least five).
         on_step: called with the number of steps done.
 
     Raises:
@@ -93,19 +98,23 @@ def compare_with_stock(
         raise ValueError("batches must hold at least one batch to compare on")
     config = replace(config, dropout=0.0, embedding_dropout=None)
     torch.manual_seed(seed)
-    ours = SequenceRecommender.from_config(config)
-    stock = StockRecommender(config)
+    device = torch.device(device)
+    ours = SequenceRecommender.from_config(config).to(device)
+    stock = StockRecommender(config).to(device)
     stock.load_state_dict(ours.state_dict())
     models: dict[str, nn.Module] = {"ours": ours, "stock": stock}
     start = {name: tensor.clone() for name, tensor in ours.state_dict().items()}
     for model in models.values():  # the first call of anything is slow
-        _step(model, torch.optim.Adam(model.parameters(), lr=learning_rate), batches[0])
+        _step(model, torch.optim.Adam(model.parameters(), lr=learning_rate), batches[0].to(device))
         model.load_state_dict(start)
     optimizers = {name: torch.optim.Adam(model.parameters(), lr=learning_rate) for name, model in models.items()}
     losses: dict[str, list[float]] = {name: [] for name in models}
     seconds: dict[str, list[float]] = {name: [] for name in models}
-    device = torch.device("cpu")
+    begun = time.perf_counter()
     for number, batch in enumerate(batches):
+        if number >= 5 and time.perf_counter() - begun > max_seconds:
+            break
+        batch = batch.to(device)
         for name in list(models)[:: 1 if number % 2 else -1]:
             synchronise(device)
             begin = time.perf_counter()
@@ -116,28 +125,30 @@ def compare_with_stock(
         if on_step is not None:
             on_step(number + 1)
     largest = max(batches, key=lambda batch: int(batch.lengths.sum()))
-    peaks = dict.fromkeys(models) if not memory else peak_of_each(config, largest)
+    peaks = dict.fromkeys(models) if not memory else peak_of_each(config, largest, device)
     sides = {name: Side(losses[name], seconds[name], peaks[name]) for name in models}
-    return Comparison(sides["ours"], sides["stock"], [int(batch.lengths.sum()) for batch in batches])
+    positions = [int(batch.lengths.sum()) for batch in batches[: len(losses["ours"])]]
+    return Comparison(sides["ours"], sides["stock"], positions)
 
 
-def peak_of_each(config: RecommenderConfig, batch: Batch) -> dict[str, int | None]:
+def peak_of_each(config: RecommenderConfig, batch: Batch, device: torch.device | str = "cpu") -> dict[str, int | None]:
     """Extra memory at the peak of one training step of each model, each in a fresh process."""
     threads, values = torch.get_num_threads(), config.to_dict()
     # as numpy arrays: tensors would travel through shared memory files
-    rows = [tensor.numpy() for tensor in batch]
-    return {name: in_fresh_process(_peak, name, values, rows, threads) for name in ("ours", "stock")}
+    rows = [tensor.cpu().numpy() for tensor in batch]
+    return {name: in_fresh_process(_peak, name, values, rows, threads, str(device)) for name in ("ours", "stock")}
 
 
-def _peak(name: str, values: Mapping[str, Any], rows: Sequence[Any], threads: int) -> int | None:
+def _peak(name: str, values: Mapping[str, Any], rows: Sequence[Any], threads: int, device: str) -> int | None:
     torch.set_num_threads(threads)
     config = RecommenderConfig.from_dict(values)
     model: nn.Module = SequenceRecommender.from_config(config) if name == "ours" else StockRecommender(config)
+    model.to(device)
     optimizer = torch.optim.Adam(model.parameters())
-    batch = Batch(*(torch.from_numpy(row) for row in rows))
+    batch = Batch(*(torch.from_numpy(row) for row in rows)).to(device)
     small = Batch(batch.ids[:2, :8], batch.lengths[:2].clamp(max=8), batch.target[:2, :8])
     _step(model, optimizer, small)  # libraries, the optimiser's state, the gradients
-    return extra_peak_bytes(lambda: _step(model, optimizer, batch))
+    return extra_peak_bytes(lambda: _step(model, optimizer, batch), device)
 
 
 def _step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> float:

@@ -100,7 +100,7 @@ def layer(x: Tensor, state: States, weights: Weights, told: Pass) -> tuple[Tenso
     args = (x, *state, w.w_ih, w.w_hh, w.b_ih, w.b_hh, w.ln_ih, w.ln_hh, *told)
     if not torch.compiler.is_compiling() and transforms_active():
         # functorch and forward-mode AD differentiate the plain formula: it composes with every transform.
-        output, h_n, _ = reference.formula(GRUCall(*args))
+        output, h_n = reference.formula(GRUCall(*args))
     else:
         output, h_n, _ = GRU(*args)
     return output, (h_n,)

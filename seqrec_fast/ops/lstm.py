@@ -114,7 +114,7 @@ def layer(x: Tensor, state: States, weights: Weights, told: Pass) -> tuple[Tenso
     args = (x, *state, *weights, *told)
     if not torch.compiler.is_compiling() and transforms_active():
         # functorch and forward-mode AD differentiate the plain formula: it composes with every transform.
-        output, h_n, c_n, _, _ = reference.formula(LSTMCall(*args))  # type: ignore[arg-type]
+        output, h_n, c_n = reference.formula(LSTMCall(*args))  # type: ignore[arg-type]
     else:
         output, h_n, c_n, _, _ = LSTM(*args)
     return output, (h_n, c_n)

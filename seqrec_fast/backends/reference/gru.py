@@ -40,17 +40,18 @@ from ._sequence import (
 Results = tuple[Tensor, Tensor, Tensor]
 
 
-def formula(call: GRUCall) -> Results:
-    """(output, h_n, gates [T, B, 4H] = r, z, n, v_n) in differentiable PyTorch, whatever ``save`` and ``last_only`` say."""
+def formula(call: GRUCall) -> tuple[Tensor, Tensor]:
+    """(output, h_n) in differentiable PyTorch, whatever ``last_only`` says."""
     steps, rows = call.steps_and_rows
     dtype, wide = call.x.dtype, accumulation_dtype(call.x.dtype)
     w_hh, b_hh, ln_hh = widened(call, wide)
+    hidden = w_hh.shape[1]
     valid = valid_steps(call)  # [T, B, 1]
-    u_x = plain_input_part(call, valid)  # [T, B, 3H]
+    u_x = plain_input_part(call, valid).unbind()  # T × [B, 3H]: one backward for all
     starts = None if call.reset is None else segment_starts(call.reset, call.lengths, call.reverse)[..., None]
     noise = call.noise(torch.arange(rows, device=call.x.device), 0, wide)
     h = call.h.to(wide)
-    outputs, gates = ([h.new_zeros(0)] * steps for _ in range(2))
+    outputs = [h] * steps
     for t in reversed(range(steps)) if call.reverse else range(steps):
         former = h if starts is None else h.masked_fill(starts[t], 0)
         v = (former if noise.recurrent is None else former * noise.recurrent) @ w_hh.t()  # [B, 3H]
@@ -58,19 +59,14 @@ def formula(call: GRUCall) -> Results:
             v = F.layer_norm(v, v.shape[-1:], ln_hh, None, LAYER_NORM_EPS)
         if b_hh is not None:
             v = v + b_hh
-        u_r, u_z, u_n = u_x[t].chunk(3, dim=-1)
-        v_r, v_z, v_n = v.chunk(3, dim=-1)
-        r, z = torch.sigmoid(u_r + v_r), torch.sigmoid(u_z + v_z)
+        u_rz, u_n = u_x[t].split((2 * hidden, hidden), dim=-1)
+        v_rz, v_n = v.split((2 * hidden, hidden), dim=-1)
+        r, z = torch.sigmoid(u_rz + v_rz).chunk(2, dim=-1)
         n = torch.tanh(u_n + r * v_n)
-        new = zoneout(former, n + z * (former - n), noise.hidden(t, rows)).to(dtype).to(wide)
-        outputs[t], gates[t] = new, torch.cat([r, z, n, v_n], dim=-1)
+        outputs[t] = new = zoneout(former, n + z * (former - n), noise.hidden(t, rows)).to(dtype).to(wide)
         h = new if valid is None else torch.where(valid[t], new, h)
     output = stack_steps(outputs, h, valid).to(dtype)
-    return (
-        output.transpose(0, 1) if call.batch_first else output,
-        h.to(dtype),
-        stack_steps(gates, h.repeat(1, 4), valid).to(dtype),
-    )
+    return output.transpose(0, 1) if call.batch_first else output, h.to(dtype)
 
 
 def widened(call: GRUCall, wide: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor | None]:

@@ -44,18 +44,18 @@ from ._sequence import (
 Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def formula(call: LSTMCall) -> Results:
-    """(output, h_n, c_n, cells [T, B, H], gates [T, B, 4H]) in differentiable PyTorch, whatever ``save`` and ``last_only`` say."""
+def formula(call: LSTMCall) -> tuple[Tensor, Tensor, Tensor]:
+    """(output, h_n, c_n) in differentiable PyTorch, whatever ``last_only`` says."""
     steps, rows = call.steps_and_rows
     dtype, wide = call.x.dtype, accumulation_dtype(call.x.dtype)
     w_hh, w_hr, ln_hh, ln_c, ln_c_bias = widened(call, wide)
     hidden = w_hh.shape[0] // 4
     valid = valid_steps(call)  # [T, B, 1]
-    z_x = plain_input_part(call, valid)  # [T, B, 4H]
+    z_x = plain_input_part(call, valid).unbind()  # T × [B, 4H]: one backward for all
     starts = None if call.reset is None else segment_starts(call.reset, call.lengths, call.reverse)[..., None]
     noise = call.noise(torch.arange(rows, device=call.x.device), hidden, wide)
     h, c = call.h.to(wide), call.c.to(wide)
-    outputs, cells, gates = ([h.new_zeros(0)] * steps for _ in range(3))
+    outputs = [h] * steps
     for t in reversed(range(steps)) if call.reverse else range(steps):
         h_former, c_former = h, c
         if starts is not None:
@@ -63,8 +63,9 @@ def formula(call: LSTMCall) -> Results:
         z_h = (h_former if noise.recurrent is None else h_former * noise.recurrent) @ w_hh.t()  # [B, 4H]
         if ln_hh is not None:
             z_h = F.layer_norm(z_h, z_h.shape[-1:], ln_hh, None, LAYER_NORM_EPS)
-        i, f, g, o = (z_x[t] + z_h).chunk(4, dim=-1)
-        i, f, g, o = torch.sigmoid(i), torch.sigmoid(f), torch.tanh(g), torch.sigmoid(o)
+        z_if, z_g, z_o = (z_x[t] + z_h).split((2 * hidden, hidden, hidden), dim=-1)
+        i, f = torch.sigmoid(z_if).chunk(2, dim=-1)
+        g, o = torch.tanh(z_g), torch.sigmoid(z_o)
         c_new = f * c_former + i * g
         y = c_new if ln_c is None else F.layer_norm(c_new, c_new.shape[-1:], ln_c, ln_c_bias, LAYER_NORM_EPS)
         h_new = o * torch.tanh(y)
@@ -72,16 +73,10 @@ def formula(call: LSTMCall) -> Results:
             h_new = h_new @ w_hr.t()
         c_new = zoneout(c_former, c_new, noise.cell(t, rows))
         h_new = zoneout(h_former, h_new, noise.hidden(t, rows)).to(dtype).to(wide)
-        outputs[t], cells[t], gates[t] = h_new, c_new, torch.cat([i, f, g, o], dim=-1)
+        outputs[t] = h_new
         h, c = (h_new, c_new) if valid is None else (torch.where(valid[t], h_new, h), torch.where(valid[t], c_new, c))
     output = stack_steps(outputs, h, valid).to(dtype)
-    return (
-        output.transpose(0, 1) if call.batch_first else output,
-        h.to(dtype),
-        c.to(dtype),
-        stack_steps(cells, c, valid),
-        stack_steps(gates, c.repeat(1, 4), valid).to(dtype),
-    )
+    return output.transpose(0, 1) if call.batch_first else output, h.to(dtype), c.to(dtype)
 
 
 def widened(

@@ -49,13 +49,14 @@ __device__ __forceinline__ Pack<T, kCount> load_pack(const T* p) {
   return pack;
 }
 
+// To global memory.
 template <int kCount, class T>
 __device__ __forceinline__ void store_pack(T* p, const Pack<T, kCount>& pack) {
   using Word = typename WordOf<kCount * sizeof(T)>::type;
   require_aligned(p, sizeof(Word));
   Word word;
   memcpy(&word, &pack, sizeof word);
-  *reinterpret_cast<Word*>(p) = word;
+  store_global(reinterpret_cast<Word*>(p), word);
 }
 
 // The activations, as exact as the result's type can show. fp32: libm (2 ulp). fp16: two MUFU instructions, absolute

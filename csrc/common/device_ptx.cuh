@@ -68,6 +68,20 @@ __device__ __forceinline__ float tanh_approximate(float x) {
 // The hardware traps on a misaligned access by itself.
 __device__ __forceinline__ void require_aligned(const void*, int) {}
 
+// One store to global memory. (A plain assignment of a vector that was put together from elements is taken apart
+// again.)
+__device__ __forceinline__ void store_global(uint16_t* p, uint16_t v) { *p = v; }
+__device__ __forceinline__ void store_global(uint32_t* p, uint32_t v) { *p = v; }
+__device__ __forceinline__ void store_global(uint2* p, uint2 v) {
+  asm volatile("st.global.v2.u32 [%0], {%1, %2};" : : "l"(p), "r"(v.x), "r"(v.y) : "memory");
+}
+__device__ __forceinline__ void store_global(uint4* p, uint4 v) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};"
+               :
+               : "l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+               : "memory");
+}
+
 // The block's shared memory, 128-byte aligned.
 __device__ __forceinline__ unsigned char* shared_memory() {
   extern __shared__ __align__(128) unsigned char shared[];

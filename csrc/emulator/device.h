@@ -64,6 +64,11 @@ inline void require_aligned(const void* p, int bytes) {
   if (reinterpret_cast<uintptr_t>(p) % bytes != 0) throw emulator::Error("an access to a misaligned address");
 }
 
+template <class Word>
+void store_global(Word* p, Word word) {
+  *p = word;
+}
+
 inline unsigned char* shared_memory() { return emulator::Machine::instance().shared_memory(); }
 
 inline void copy_async_16(void* to, const void* from, bool valid) {

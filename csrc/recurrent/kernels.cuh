@@ -181,7 +181,18 @@ struct StepTile {
   static_assert(kRows % kWarpRows == 0 && kWarpRows % 16 == 0 && kUnits % 8 == 0 && kStages >= 2);
 };
 
-// Writes a thread's two units of one row: at once where `even` says that they are aligned, else the `count` that exist.
+// A thread's two units of one row: at once where `even` says that they are aligned, else the `count` that exist.
+template <class T>
+__device__ __forceinline__ void load_units(float (&to)[2], const T* p, bool even, int count) {
+  if (even) {
+    const auto pack = load_pack<2>(p);
+    to[0] = to_float(pack.value[0]);
+    to[1] = to_float(pack.value[1]);
+  } else {
+    to[0] = to_float(p[0]);
+    to[1] = count == 2 ? to_float(p[1]) : 0.0f;
+  }
+}
 template <class T>
 __device__ __forceinline__ void store_units(T* p, float first, float second, bool even, int count) {
   if (even) {
@@ -233,41 +244,39 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     stage = stage == Tile::kStages - 1 ? 0 : stage + 1;
   }
 
-  // 2. The cells: this thread's two units of every eighth row.
-  const int64_t unit = block_unit + warp_unit + 2 * (lane % 4);
+  // 2. The cells: this thread's two units of every eighth row. All loads first: they wait for memory once.
+  const int64_t unit = block_unit + warp_unit + 2 * (lane % 4), first_row = block_row + warp_row + lane / 4;
   if (unit >= a.hidden) return;
   const int count = unit + 1 < a.hidden ? 2 : 1;
   const bool even = a.hidden % 2 == 0;  // then there are two, and they are aligned in every row
-  float bias[4][2];
+  float bias[4][2], c[2 * kRowTiles][2];
+#pragma unroll
+  for (int i = 0; i < 2 * kRowTiles; ++i)
+    if (first_row + 8 * i < a.batch) load_units(c[i], a.c + (first_row + 8 * i) * a.hidden + unit, even, count);
 #pragma unroll
   for (int gate = 0; gate < 4; ++gate)
 #pragma unroll
     for (int e = 0; e < 2; ++e) bias[gate][e] = e < count ? bias_of(a, gate, unit + e) : 0.0f;
 #pragma unroll
-  for (int m = 0; m < kRowTiles; ++m)
+  for (int i = 0; i < 2 * kRowTiles; ++i) {
+    const int64_t row = first_row + 8 * i, at = row * a.hidden + unit;
+    if (row >= a.batch) return;
+    Cell y[2];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int64_t row = block_row + warp_row + m * 16 + half * 8 + lane / 4;
-      if (row >= a.batch) return;
-      const int64_t at = row * a.hidden + unit;
-      Cell y[2];
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const float c = e < count ? to_float(a.c[at + e]) : 0.0f;
-        const int s = 2 * half + e;
-        y[e] = lstm_cell<T>(z[0][m][s] + bias[0][e], z[1][m][s] + bias[1][e], z[2][m][s] + bias[2][e],
-                            z[3][m][s] + bias[3][e], c);
-      }
-      store_units(a.c_next + at, y[0].c, y[1].c, even, count);
-      store_units(a.h_next + at, y[0].h, y[1].h, even, count);
-      if (a.gates) {
-        T* const gates = a.gates + row * 4 * a.hidden + unit;
-        store_units(gates, y[0].i, y[1].i, even, count);
-        store_units(gates + a.hidden, y[0].f, y[1].f, even, count);
-        store_units(gates + 2 * a.hidden, y[0].g, y[1].g, even, count);
-        store_units(gates + 3 * a.hidden, y[0].o, y[1].o, even, count);
-      }
+    for (int e = 0; e < 2; ++e) {
+      const auto pre = [&](int gate) { return z[gate][i / 2][i % 2 * 2 + e] + bias[gate][e]; };
+      y[e] = lstm_cell<T>(pre(0), pre(1), pre(2), pre(3), c[i][e]);
     }
+    store_units(a.c_next + at, y[0].c, y[1].c, even, count);
+    store_units(a.h_next + at, y[0].h, y[1].h, even, count);
+    if (a.gates) {
+      T* const gates = a.gates + row * 4 * a.hidden + unit;
+      store_units(gates, y[0].i, y[1].i, even, count);
+      store_units(gates + a.hidden, y[0].f, y[1].f, even, count);
+      store_units(gates + 2 * a.hidden, y[0].g, y[1].g, even, count);
+      store_units(gates + 3 * a.hidden, y[0].o, y[1].o, even, count);
+    }
+  }
 }
 
 // ---- backward --------------------------------------------------------------------------------------------

@@ -102,7 +102,7 @@ class SequenceRecommender(SavedModule):
         self.output_dropout = nn.Dropout(config.dropout)
         self.output = None if config.tie_weights else nn.Embedding(num_items, width)
         self.item_bias = nn.Parameter(torch.empty(num_items)) if config.item_bias else None
-        self.reset_parameters()
+        self._initialise()
 
     @classmethod
     def from_config(cls, config: RecommenderConfig) -> SequenceRecommender:
@@ -116,8 +116,9 @@ class SequenceRecommender(SavedModule):
     def from_config_dict(cls, config: Mapping[str, Any]) -> SequenceRecommender:
         return cls.from_config(RecommenderConfig.from_dict(config))
 
-    def reset_parameters(self) -> None:
-        """Start again: unit-length item vectors on average, an association layer that passes h on, zero biases."""
+    def _initialise(self) -> None:
+        """Where torch's own start is left: item vectors of unit length on average (torch: √d, far too sure of itself
+        with tied weights), an association layer that passes h on, zero biases."""
         std = 1 / math.sqrt(self.config.embedding_dim)
         for table in (self.embedding, self.output):
             if table is not None:

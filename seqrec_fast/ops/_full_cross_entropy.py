@@ -104,7 +104,7 @@ class CatalogueCrossEntropyFunction(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         query, items, target, weights, target_crow, scale, row_scale, bias, exclude, crow, *rest = inputs
         ignore_index, label_smoothing, prior, skip_mass, skipped, sparse_grad, _, precision = rest
-        loss, lse, context, mean_vectors = output
+        _, lse, context, mean_vectors = output
         ctx.mark_non_differentiable(context, mean_vectors)
         ctx.set_materialize_grads(False)
         saved = (query, items, target, weights, target_crow, row_scale, bias, exclude, crow, prior)
@@ -116,7 +116,9 @@ class CatalogueCrossEntropyFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, grad_lse: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        query, items, target, weights, target_crow, row_scale, bias, exclude, crow, prior, lse, *kept = ctx.saved_tensors
+        query, items, target, weights, target_crow, row_scale, bias, exclude, crow, prior, lse, *kept = (
+            ctx.saved_tensors
+        )
         needs = ctx.needs_input_grad
         mask = [needs[0], needs[1], needs[6], needs[7]]
         if grad_loss is None:

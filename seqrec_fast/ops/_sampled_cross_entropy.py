@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -107,7 +107,9 @@ class CatalogueSampledCrossEntropyFunction(torch.autograd.Function):
         logits = LogitSpec(ctx.scale, row_scale, bias, exclude, crow)
         options = (ctx.ignore_index, ctx.label_smoothing, prior)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            dq, di, ds, db = _differentiable(grad_loss, grad_lse, query, items, lists, logits, options, ctx.precision)
+            dq, di, ds, db = _differentiable(
+                grad_loss, grad_lse, query, items, cast(Lists, tuple(lists)), logits, options, ctx.precision
+            )
         else:
             args = (grad_loss, grad_lse, query, items, *lists, *logits.args(), *options, mask, ctx.precision)
             dq, ids, rows, ds, share = CATALOGUE_SAMPLED_CROSS_ENTROPY_BACKWARD.below_autograd(*args, forced=ctx.forced)
@@ -118,12 +120,16 @@ class CatalogueSampledCrossEntropyFunction(torch.autograd.Function):
         return dq, di, *(None,) * 6, ds, db, *(None,) * (_NUM_ARGS - 10)
 
 
+# target, target_weights, target_crow, negatives, negatives_log_q
+Lists: TypeAlias = "tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor | None]"
+
+
 def _differentiable(
     grad_loss: Tensor,
     grad_lse: Tensor,
     query: Tensor,
     items: Tensor,
-    lists: list[Any],
+    lists: Lists,
     logits: LogitSpec,
     options: tuple[int, float, Tensor | None],
     precision: int,
@@ -138,7 +144,10 @@ def _differentiable(
         )
         negatives = sampled.negatives
         if negatives.dim() == 2:
-            of_negatives, negative_rows = d_negatives.flatten(), (d_negatives[:, :, None] * scaled[:, None]).flatten(0, 1)
+            of_negatives, negative_rows = (
+                d_negatives.flatten(),
+                (d_negatives[:, :, None] * scaled[:, None]).flatten(0, 1),
+            )
         else:
             of_negatives, negative_rows = d_negatives.sum(0), d_negatives.t() @ scaled
         target_rows = (d_targets[:, :, None] * scaled[:, None]).flatten(0, 1)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import os
-import pkgutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import cast
@@ -13,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-import seqrec_fast.ops
 from seqrec_fast._files import written_beside
+from seqrec_fast.ops import define_all
 
 Encoder = Callable[[Tensor, Tensor], Tensor]
 
@@ -85,16 +83,9 @@ def load_encoder(path: str | os.PathLike[str]) -> Encoder:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no exported program {path}")
-    _define_operators()
+    define_all()
     try:
         program = torch.export.load(path)
     except Exception as error:  # torch raises many kinds for a broken archive
         raise ValueError(f"{path} does not hold an exported program: {str(error).splitlines()[0]}") from error
     return cast(Encoder, program.module())
-
-
-def _define_operators() -> None:
-    """Import every public operator, which defines it for torch."""
-    for module in pkgutil.iter_modules(seqrec_fast.ops.__path__):
-        if not module.name.startswith("_"):
-            importlib.import_module(f"seqrec_fast.ops.{module.name}")

@@ -13,6 +13,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -26,13 +27,25 @@ CHUNK_NUMBERS = 1 << 22  # of items that are copied (16-bit tables) for one chun
 FOLD_ROWS = 32  # with fewer rows, copying the items to add two columns costs more than two passes over the scores
 
 
+class _Products(Protocol):
+    """How a backend multiplies fp32 matrices."""
+
+    fp32_precision: str
+
+
+class _Backend(Protocol):
+    """``torch.backends.mkldnn`` gets its ``matmul`` at run time, so its stub has none."""
+
+    matmul: _Products
+
+
 @contextlib.contextmanager
 def plain_arithmetic(device: torch.device, precision: int = Precision.HIGHEST) -> Iterator[None]:
     """No autocast, and fp32 matrix products that are fp32-accurate (on CUDA: as ``precision`` says)."""
     with contextlib.ExitStack() as stack:
         if torch.is_autocast_enabled(device.type):
             stack.enter_context(torch.autocast(device.type, enabled=False))
-        products = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul
+        products = cast(_Backend, torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn).matmul
         wanted = "tf32" if device.type == "cuda" and precision != Precision.HIGHEST else "ieee"
         former = products.fp32_precision
         if former not in ("none", wanted):
@@ -262,7 +275,7 @@ class Scan:
         scaled = scaled_query(query.to(self.dtype), logits)
         self._rows = scaled  # [B, d], or [B, d + 2]: scaled query, 1, −shift
         if self._fold:
-            self._rows = torch.cat([scaled, torch.ones_like(scaled[:, :2])], dim=1)
+            self._rows = torch.cat([scaled, scaled.new_ones((scaled.shape[0], 2))], dim=1)
             self._rows[:, -1] = 0
         self.query = self._rows[:, : self.width]  # [B, d], scaled
         self._scores = query.new_empty(plan.block_rows * plan.chunk_items + 1, dtype=self.dtype)

@@ -56,7 +56,7 @@ class _Sums:
         step = torch.where(torch.isfinite(step), step, 0)
         scores.sub_(step[:, None])
         if not first:
-            decay = torch.exp(-step)
+            decay = torch.exp(-step.clamp_min(0))  # a row without a sum so far may step down: nothing to scale
             self.total[rows] *= decay
             self.context[rows] *= decay[:, None]
         self.shift[rows] += step

@@ -118,10 +118,10 @@ def backward(
             if output_mask[0]:
                 factor = scale if row_scale is None else scale * row_scale.to(wide)[:, None]
                 d_query.mul_(factor)
-    none = query.new_empty(0)
 
     def of(gradient: Tensor | None, dtype: torch.dtype, wanted: bool) -> Tensor:
-        return gradient.to(dtype) if wanted and gradient is not None else none.to(dtype)
+        # Not one empty tensor for all: the results of an operator do not share memory.
+        return gradient.to(dtype) if wanted and gradient is not None else query.new_empty(0, dtype=dtype)
 
     return (
         of(d_query, query.dtype, output_mask[0]),

@@ -169,8 +169,8 @@ def forward(
         result = softmax_scan(scan, targets=pairs, context=save_context)
         loss = _loss(problem, scan, pairs, result)
     num_rows = query.shape[0]
-    lse, none = result.lse, query.new_empty(0, dtype=scan.dtype)
-    context, mean_vectors = none, none
+    lse = result.lse
+    context, mean_vectors = (query.new_empty(0, dtype=scan.dtype) for _ in range(2))
     if result.context is not None:
         context = problem.to_rows(result.context, num_rows)
         if problem.smoothing is not None:
@@ -246,13 +246,8 @@ def backward(
         lse = torch.where(valid, lse, float("inf"))
         problem = replace(problem, query=torch.where(valid[:, None], problem.query, 0.0))
     weight = grad_loss * problem.lse_weight + grad_lse  # [B'], a
-    none = query.new_empty(0)
-    results = [
-        none,
-        none,
-        none.to(wide if row_scale is None else row_scale.dtype),
-        none.to(wide if bias is None else bias.dtype),
-    ]
+    dtypes = (query.dtype, items.dtype, *(wide if v is None else v.dtype for v in (row_scale, bias)))
+    results = [query.new_empty(0, dtype=dtype) for dtype in dtypes]
     skipped = torch.zeros_like(weight)
     with plain_arithmetic(query.device, precision):
         if output_mask[0] or output_mask[2]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -272,7 +273,8 @@ def gradients(
     nothing = scored.hidden.all(1, keepdim=True)
     p = torch.softmax(torch.where(nothing, 0.0, scored.scores), 1)
     p = torch.where(scored.hidden, 0.0, p)
-    total, share = (1 - eps) * weights.sum(1), 0.0
+    total = (1 - eps) * weights.sum(1)
+    share: Tensor | float = 0.0
     if eps:
         mixture, some = _mixture(sampled, scored.hidden)
         total, share = total + eps * some, eps * mixture
@@ -377,17 +379,17 @@ def backward(
     )  # fmt: skip
     (num_rows, width), (_, num_targets) = query.shape, sampled.targets.shape
     own = negatives.dim() == 2
-    new = torch.zeros
-    kind = {"dtype": wide, "device": query.device}
-    direction = new((num_rows, width), **kind)
-    rows_of_targets = new((num_rows, num_targets, width if output_mask[1] else 0), **kind)
-    rows_of_negatives = new((*negatives.shape, width if output_mask[1] else 0), **kind)
-    of_targets, of_negatives = new((num_rows, num_targets), **kind), new(negatives.shape, **kind)
+    new = partial(torch.zeros, dtype=wide, device=query.device)
+    direction = new((num_rows, width))
+    rows_of_targets = new((num_rows, num_targets, width if output_mask[1] else 0))
+    rows_of_negatives = new((*negatives.shape, width if output_mask[1] else 0))
+    of_targets, of_negatives = new((num_rows, num_targets)), new(negatives.shape)
     with plain_arithmetic(query.device, precision):
         inputs = _Wide(query, items, row_scale, bias, sampled)
         for block in sampled.blocks(width):
-            incoming = grad_loss[block].to(wide), grad_lse[block].to(wide)
-            direction[block], scaled, d_targets, d_negatives = gradients(*incoming, *inputs.rows(block))
+            direction[block], scaled, d_targets, d_negatives = gradients(
+                grad_loss[block].to(wide), grad_lse[block].to(wide), *inputs.rows(block)
+            )
             of_targets[block] = d_targets
             if own:
                 of_negatives[block] = d_negatives
@@ -399,11 +401,10 @@ def backward(
                     rows_of_negatives[block] = d_negatives[:, :, None] * scaled[:, None]
                 else:
                     rows_of_negatives += d_negatives.t() @ scaled
-        none = query.new_empty(0)
-        d_scale = none.to(wide if row_scale is None else row_scale.dtype)
+        d_scale = query.new_empty(0, dtype=wide if row_scale is None else row_scale.dtype)
         if output_mask[2] and row_scale is not None:
             d_scale = ((direction * query.to(wide)).sum(1) * scale).to(row_scale.dtype)
-        d_query = scaled_query(direction, logits).to(query.dtype) if output_mask[0] else none
+        d_query = scaled_query(direction, logits).to(query.dtype) if output_mask[0] else query.new_empty(0)
     if target_crow is None:
         target_ids, target_rows, target_share = (
             sampled.targets.flatten(),
@@ -418,7 +419,7 @@ def backward(
     touched = output_mask[1] or output_mask[3]
     ids = torch.cat([target_ids, negatives.flatten().long()])
     ids = torch.where((ids >= 0) & (ids < num_items), ids, -1)
-    d_rows = torch.cat([target_rows, negative_rows]) if output_mask[1] else none
-    share = torch.cat([target_share, of_negatives.flatten()]) if output_mask[3] else none
+    d_rows = torch.cat([target_rows, negative_rows]) if output_mask[1] else items.new_empty(0)
+    share = torch.cat([target_share, of_negatives.flatten()]) if output_mask[3] else query.new_empty(0)
     bias_dtype = wide if bias is None else bias.dtype
     return d_query, ids if touched else ids[:0], d_rows.to(items.dtype), d_scale, share.to(bias_dtype)

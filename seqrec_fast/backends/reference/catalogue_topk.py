@@ -150,9 +150,8 @@ def backward(
                 d_items.index_add_(0, places.reshape(-1), (grad[:, :, None] * scaled[rows, None]).flatten(0, 1))
             if output_mask[3]:
                 d_bias.index_add_(0, places.reshape(-1), grad.reshape(-1))
-        none = query.new_empty(0)
-        d_scale = none.to(wide if row_scale is None else row_scale.dtype)
+        d_scale = query.new_empty(0, dtype=wide if row_scale is None else row_scale.dtype)
         if output_mask[2] and row_scale is not None:
             d_scale = ((d_query * query.to(wide)).sum(1) * scale).to(row_scale.dtype)
-        d_query = scaled_query(d_query, logits).to(query.dtype) if output_mask[0] else none
+        d_query = scaled_query(d_query, logits).to(query.dtype) if output_mask[0] else query.new_empty(0)
     return d_query, d_items.to(items.dtype), d_scale, d_bias.to(wide if bias is None else bias.dtype)

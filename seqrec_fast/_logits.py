@@ -89,7 +89,8 @@ class LogitSpec:
                     f"{operator}: a tensor scale must have the shape of the query's leading dimensions {tuple(lead)}, "
                     f"got {tuple(scale.shape)}"
                 )
-            scale, row_scale = 1.0, scale.reshape(-1)
+            row_scale = scale.reshape(-1)
+            scale = 1.0
         elif isinstance(scale, bool) or not isinstance(scale, (int, float)):
             raise TypeError(f"{operator}: scale must be a float or a tensor, got {type(scale).__name__}")
         if bias is not None:

@@ -129,6 +129,7 @@ def train(
     from seqrec_fast._report import quality_table
     from seqrec_fast.training import require_lightning, run
     from seqrec_fast.training import settings as names
+    from seqrec_fast.training.options import MODEL
 
     # Lightning starts the other processes of a multi-device training with this command, and numbers them
     console = Console(stderr=True, quiet=int(os.environ.get("LOCAL_RANK", "0")) > 0)
@@ -159,7 +160,7 @@ def train(
         raise Failure(str(error)) from error
     if quality:
         Console().print(quality_table(quality))
-        console.print(f"the weights are in {out / run.MODEL}", highlight=False, soft_wrap=True)
+        console.print(f"the weights are in {out / MODEL}", highlight=False, soft_wrap=True)
 
 
 @command

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -16,11 +16,20 @@ from ._ranking import DenseRecommender
 
 IntArray = NDArray[np.integer[Any]]
 
+
+class HistoryRows(Protocol):
+    """One array of item ids a user: a list of them, or :class:`seqrec_fast.data.Histories`."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[IntArray]: ...
+
+
 # Added to every item's count: an item that was never bought keeps a finite score (and its place by id among its like).
 UNSEEN_COUNT = 0.1
 
 
-def _joined(histories: Sequence[IntArray], num_items: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _joined(histories: HistoryRows, num_items: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """All histories behind one another, [n], and where each begins, [users + 1].
 
     Raises:
@@ -71,7 +80,7 @@ class Popularity(DenseRecommender):
     def num_items(self) -> int:
         return self._num_items
 
-    def fit(self, histories: Sequence[IntArray]) -> Popularity:
+    def fit(self, histories: HistoryRows) -> Popularity:
         """Count the items of all histories (one array of ids a user); returns the model.
 
         Raises:
@@ -132,7 +141,7 @@ class Markov(DenseRecommender):
     def num_items(self) -> int:
         return self._num_items
 
-    def fit(self, histories: Sequence[IntArray]) -> Markov:
+    def fit(self, histories: HistoryRows) -> Markov:
         """Count the transitions of all histories (one array of ids a user); returns the model.
 
         Raises:

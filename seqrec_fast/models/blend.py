@@ -64,7 +64,7 @@ class Blend(DenseRecommender):
         known = {size for size in sizes if size is not None}
         if len(known) > 1:
             raise ValueError(f"models must score the same catalogue, got num_items {sizes}")
-        self._num_items = known.pop() if known else None
+        self._num_items: int | None = known.pop() if known else None
         self.models = nn.ModuleList(models)
         self.normalise = normalise
         if isinstance(weights, str):

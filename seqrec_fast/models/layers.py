@@ -122,8 +122,8 @@ class AdditiveAttention(nn.Module):
 
     def _pair_scores(self, state: Tensor, items: Tensor) -> Tensor:
         pairs = torch.tanh(state[:, None] + items)  # [B, I', d]
-        pairs = pairs.unflatten(-1, self.score.shape)  # [B, I', heads, d / heads]
-        return (pairs * self.score).sum(-1)  # [B, I', heads]
+        by_head: Tensor = pairs.unflatten(-1, self.score.shape)  # [B, I', heads, d / heads]
+        return (by_head * self.score).sum(-1)  # [B, I', heads]
 
     def weights(self, state: Tensor, items: Tensor) -> Tensor:
         """aᵢ for states [B, d] over items [I, d]: [B, heads, I]."""

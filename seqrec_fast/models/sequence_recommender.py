@@ -143,6 +143,7 @@ class SequenceRecommender(SavedModule):
     def _states(self, embedded: Tensor, histories: Histories, *, last_only: bool) -> Tensor:
         """h of every step [B, T, d], or of the last valid one [B, d], for embedded histories [B, T, d]."""
         lengths = histories.lengths if histories.ragged else None
+        states: Tensor
         if isinstance(self.encoder, CausalCNN):
             states = self.encoder(embedded)  # [B, T, H]
             states = at_last(states, histories.lengths) if last_only else states

@@ -46,7 +46,7 @@ class StockRecommender(nn.Module):
             self.encoder = recurrent(width, config.width, config.num_layers, batch_first=True, dropout=between_layers)
         self.projection = nn.Linear(config.width, width) if config.width != width else None
         self.norm = nn.LayerNorm(width) if config.layer_norm else None
-        self.attention: nn.Module | None = None
+        self.attention: AdditiveAttention | ProductAttention | None = None
         if config.attention is not None:
             # the modules only lend their parameters: the formulas are written out below
             self.attention = (
@@ -80,15 +80,17 @@ class StockRecommender(nn.Module):
             pairs = torch.tanh(self.attention.state(states)[:, None] + self.attention.item(items))  # [N, I, d]
             scores = (pairs.unflatten(-1, (heads, -1)) * self.attention.score).sum(-1).mT  # [N, heads, I]
         else:
-            query = states if self.config.attention != "bilinear" else self.attention.projection(states)
+            projection = self.attention.projection  # of "bilinear"
+            query: Tensor = states if projection is None else projection(states)
             query = query.view(len(states), heads, -1)  # [N, heads, d / heads]
             if self.config.attention == "scaled_dot":
                 query = query / query.shape[-1] ** 0.5
             scores = torch.einsum("nhd,ihd->nhi", query, values) if heads > 1 else (query[:, 0] @ items.T)[:, None]
-        weights = scores.softmax(-1)
+        weights: Tensor = scores.softmax(-1)
         if heads == 1:
             return weights[:, 0] @ items
-        return torch.einsum("nhi,ihd->nhd", weights, values).flatten(1)
+        contexts: Tensor = torch.einsum("nhi,ihd->nhd", weights, values)  # [N, heads, d / heads]
+        return contexts.flatten(1)
 
     def _scores(self, states: Tensor) -> Tensor:
         context = self._context(states)

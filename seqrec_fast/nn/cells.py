@@ -48,7 +48,7 @@ class _Cell(nn.RNNCellBase):
         return cell.train(module.training)
 
     def _weights(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        return self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh  # type: ignore[return-value]
+        return self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
 
     def _step_again(self, step: Any, input: Tensor, state: tuple[Tensor, ...], error: Exception) -> Any:
         """After a refusal: with re-parametrised weights, under autocast, or with torch.nn's type of exception."""

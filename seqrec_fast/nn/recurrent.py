@@ -63,7 +63,7 @@ class _Recurrent(nn.RNNBase):
                 setattr(self, name, nn.Parameter(torch.empty(width, device=device, dtype=dtype)))
                 names.append(name)
         self._flat_weights_names = [name for names in self._all_weights for name in names]
-        self._init_flat_weights()  # type: ignore[no-untyped-call]
+        self._init_flat_weights()
         self._reset_layer_norm()
 
     def reset_parameters(self) -> None:
@@ -109,13 +109,13 @@ class _Recurrent(nn.RNNBase):
         dtype = module.weight_ih_l0.dtype
         layer = cls(**{name: getattr(module, name) for name in names}, device="meta", dtype=dtype, **options)
         for name in layer._flat_weights_names:
-            weight = module._parameters[name] if name in module._parameters else getattr(module, name)
+            weight: Tensor = getattr(module, name)
             setattr(layer, name, weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight.detach().clone()))
         return layer.train(module.training)
 
     def cell_weights(self) -> list[Weights]:
         """The weights of each layer and direction as they are now: replaced, tied or re-parametrised ones too."""
-        p = self._parameters
+        p: dict[str, Any] = self._parameters
         return [
             Weights(
                 **{

@@ -179,7 +179,7 @@ def _follow_autocast(
     if not torch.is_autocast_enabled(device):
         return inputs, hx, weights, nullcontext()
     dtype = torch.get_autocast_dtype(device)
-    weights = [Weights(*(None if w is None else w.to(dtype) for w in cell)) for cell in weights]
+    weights = [Weights._make(None if w is None else w.to(dtype) for w in cell) for cell in weights]
     hx = None if hx is None else tuple(part.to(dtype) for part in hx)
     return tuple(x.to(dtype) for x in inputs), hx, weights, torch.autocast(device, enabled=False)
 

@@ -134,7 +134,7 @@ def check_arguments(
         return
     count, width = len(weights), weights[0].w_hh.shape[1]
     lead: tuple[int, ...] = (count,)
-    if packed:
+    if isinstance(input, PackedSequence):
         lead = (count, int(input.batch_sizes[0]))
     elif data.dim() == 3:
         lead = (count, data.shape[0] if options.batch_first else data.shape[1])

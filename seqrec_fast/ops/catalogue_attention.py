@@ -100,6 +100,8 @@ def catalogue_attention(
     dtypes = _catalogue.autocast_dtypes(query.device, query.dtype)
     logits = LogitSpec.build(NAME, query, keys, scale=scale, bias=bias, exclude=exclude, float_dtypes=dtypes)
     rows = _catalogue.rows_of(query)
+    context: Tensor
+    lse: Tensor
     context, lse = CATALOGUE_ATTENTION(rows, keys, values, num_heads, *logits.args(), current_precision())
     lead = query.shape[:-1]
     context = context.reshape(*lead, context.shape[1])

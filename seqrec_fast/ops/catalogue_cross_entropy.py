@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
@@ -15,8 +16,64 @@ from . import _catalogue
 from ._full_cross_entropy import CATALOGUE_CROSS_ENTROPY
 from ._sampled_cross_entropy import CATALOGUE_SAMPLED_CROSS_ENTROPY
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 NAME = "catalogue_cross_entropy"
 REDUCTIONS = ("mean", "sum", "none")
+
+
+class _Keywords(TypedDict, total=False):
+    """The keywords that have no say in how many tensors are returned."""
+
+    scale: float | Tensor
+    bias: Tensor | None
+    exclude: Tensor | None
+    ignore_index: int
+    label_smoothing: float
+    reduction: str
+    target_weights: Tensor | None
+    smoothing_prior: Tensor | None
+    negatives: Tensor | None
+    negatives_log_q: Tensor | None
+    sparse_grad: bool
+    skip_mass: float
+
+
+@overload
+def catalogue_cross_entropy(
+    query: Tensor,
+    items: Tensor,
+    target: Tensor,
+    *,
+    return_lse: Literal[False] = False,
+    return_skipped: Literal[False] = False,
+    **keywords: Unpack[_Keywords],
+) -> Tensor: ...
+
+
+@overload
+def catalogue_cross_entropy(
+    query: Tensor,
+    items: Tensor,
+    target: Tensor,
+    *,
+    return_lse: Literal[True],
+    return_skipped: bool = False,
+    **keywords: Unpack[_Keywords],
+) -> tuple[Tensor, ...]: ...
+
+
+@overload
+def catalogue_cross_entropy(
+    query: Tensor,
+    items: Tensor,
+    target: Tensor,
+    *,
+    return_lse: bool = False,
+    return_skipped: bool = False,
+    **keywords: Unpack[_Keywords],
+) -> Tensor | tuple[Tensor, ...]: ...
 
 
 def catalogue_cross_entropy(
@@ -124,8 +181,9 @@ def catalogue_cross_entropy(
             sampled = sampled_reference.Sampled.build(
                 *raw_targets, negatives, log_q, logits, *options, items.shape[0], wide
             )
-            vectors = (None if v is None else v.to(wide) for v in (logits.row_scale, logits.bias))
-            loss, lse = sampled_reference.loss_and_lse(rows.to(wide), items, *vectors, sampled)
+            row_scale = None if logits.row_scale is None else logits.row_scale.to(wide)
+            wide_bias = None if logits.bias is None else logits.bias.to(wide)
+            loss, lse = sampled_reference.loss_and_lse(rows.to(wide), items, row_scale, wide_bias, sampled)
         else:
             loss, lse = CATALOGUE_SAMPLED_CROSS_ENTROPY(
                 rows, items, *raw_targets, negatives, log_q, *logits.args(), *options, sparse_grad, precision

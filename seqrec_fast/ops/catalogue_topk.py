@@ -68,7 +68,7 @@ def catalogue_topk(
     logits = LogitSpec.build(NAME, query, items, scale=scale, bias=bias, exclude=exclude)
     values, indices = CATALOGUE_TOPK(_catalogue.rows_of(query), items, k, *logits.args())
     shape = (*query.shape[:-1], k)
-    return torch.return_types.topk((values.reshape(shape), indices.reshape(shape)))  # type: ignore[arg-type]
+    return torch.return_types.topk((values.reshape(shape), indices.reshape(shape)))
 
 
 # Wiring. Raw arguments: query, items, k, 5 of the LogitSpec.

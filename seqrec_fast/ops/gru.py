@@ -97,7 +97,7 @@ def gru(
 def layer(x: Tensor, state: States, weights: Weights, told: Pass) -> tuple[Tensor, States]:
     """One layer in one direction: (output, (h_n,))."""
     w = weights
-    args = (x, *state, w.w_ih, w.w_hh, w.b_ih, w.b_hh, w.ln_ih, w.ln_hh, *told)
+    args: tuple[Any, ...] = (x, *state, w.w_ih, w.w_hh, w.b_ih, w.b_hh, w.ln_ih, w.ln_hh, *told)
     if not torch.compiler.is_compiling() and transforms_active():
         # functorch and forward-mode AD differentiate the plain formula: it composes with every transform.
         output, h_n = reference.formula(GRUCall(*args))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +13,24 @@ from torch import Tensor, nn
 from .. import _cache
 from .._operator import transforms_active
 from .._precision import current_precision
-from ._recurrent import sequence, wants_gradient
-from ._recurrent_arguments import Weights
+from ._recurrent import Layer, sequence, wants_gradient
+from ._recurrent_arguments import Options, Weights
 
 # A projected table replaces the input product by a gather. Up to this size the first call makes it (4.3 GFLOP for 32 k items at
 # I = H = 128); a larger one would cost more memory and time than many batches save.
 PROJECTED_BYTES = 64 << 20
 KEPT_TABLES = 4
+
+
+class RecurrentModule(Protocol):
+    """What is used of an ``sf.LSTM`` or ``sf.GRU``."""
+
+    operator: str
+    layer: Layer
+
+    def cell_weights(self) -> list[Weights]: ...
+
+    def options(self, last_only: bool = False) -> Options: ...
 
 
 def lstm_embedding(
@@ -59,17 +70,19 @@ def lstm_embedding(
             "lstm_embedding: module must be an sf.LSTM or sf.GRU (a torch module becomes one by from_torch), "
             f"got {type(module).__name__}"
         )
-    weights: list[Weights] = module.cell_weights()
+    recurrent = cast(RecurrentModule, module)
+    weights = recurrent.cell_weights()
     _check(ids, table, module, weights[0])
-    options = module.options(last_only)  # type: ignore[operator]
+    options = recurrent.options(last_only)
     tables = (table,) * options.directions
     if _may_project(table, weights, module):
-        projected = tuple(PROJECTED.rows(table, cell.w_ih) for cell in weights[: options.directions])
-        if all(rows is not None for rows in projected):
-            tables = projected  # type: ignore[assignment]
+        projected = [PROJECTED.rows(table, cell.w_ih) for cell in weights[: options.directions]]
+        products = tuple(rows for rows in projected if rows is not None)
+        if len(products) == len(projected):
+            tables = products
             weights = [cell._replace(w_ih=None) if k < options.directions else cell for k, cell in enumerate(weights)]
     output, states = sequence(
-        module.operator, type(module).layer, ids, None, weights, options, tables=tables, lengths=lengths
+        recurrent.operator, type(recurrent).layer, ids, None, weights, options, tables=tables, lengths=lengths
     )
     return output, states if len(states) == 2 else states[0]
 
@@ -133,9 +146,13 @@ class ProjectedTables:
         stamp = (table._version, weight._version, table.data_ptr(), weight.data_ptr(), current_precision())
         kept = self._kept.pop(key, None)
         if kept is None or kept.table() is not table or kept.weight() is not weight or kept.stamp != stamp:
-            owners = (weakref.ref(owner, lambda _: self._forget(key)) for owner in (table, weight))
+
+            def forget(_: object) -> None:
+                self._forget(key)
+
             with torch.no_grad():
-                kept = _Projected(*owners, stamp=stamp, rows=table @ weight.t())
+                product = table @ weight.t()
+            kept = _Projected(weakref.ref(table, forget), weakref.ref(weight, forget), stamp, product)
         self._kept[key] = kept  # the most recently used is last
         for old in list(self._kept)[:-KEPT_TABLES]:
             del self._kept[old]

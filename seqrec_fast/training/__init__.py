@@ -33,6 +33,7 @@ __all__ = [
     "fit",
     "load_encoder",
     "rank_from_scores",
+    "require_lightning",
     "target_ranks",
     "train_epoch",
 ]

@@ -156,6 +156,6 @@ def _step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> f
     # [B]: the item after each history; what earlier positions predict is in the history itself
     last = batch.target.gather(1, (batch.lengths - 1)[:, None])[:, 0]
     loss: Tensor = model.loss(batch.ids, batch.lengths, last)  # type: ignore[operator]
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     optimizer.step()
     return float(loss.detach())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +13,48 @@ from seqrec_fast.ops.catalogue_rank import catalogue_rank
 
 from .metrics import Quality, RankMetrics, rank_from_scores
 
+if TYPE_CHECKING:
+    from seqrec_fast.models import LogitModel
+
+
+class _Module(Protocol):
+    """What is used of an ``nn.Module`` that is no model yet."""
+
+    training: bool
+
+    def train(self, mode: bool = True) -> object: ...
+
+    def eval(self) -> object: ...
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]: ...
+
+    def buffers(self, recurse: bool = True) -> Iterator[Tensor]: ...
+
+
+class TrainableModel(_Module, Protocol):
+    """What :func:`train_epoch` takes: a module with a loss."""
+
+    def loss(self, ids: Tensor, lengths: Tensor, target: Tensor) -> Tensor: ...
+
+
+class RankedModel(_Module, Protocol):
+    """What :func:`evaluate` takes: a module that knows its catalogue, and has what :func:`target_ranks` needs."""
+
+    @property
+    def num_items(self) -> int: ...
+
+
+class ProductModel(Protocol):
+    """A model whose scores are the products of a user vector with the items' vectors."""
+
+    @property
+    def item_vectors(self) -> Tensor: ...
+
+    def encode(self, ids: Tensor, lengths: Tensor) -> Tensor: ...
+
 
 def train_epoch(
-    model: nn.Module,
+    model: TrainableModel,
     loader: Iterable[Batch],
     optimizer: torch.optim.Optimizer,
     *,
@@ -71,7 +111,7 @@ def train_epoch(
 
 
 @torch.no_grad()
-def target_ranks(model: nn.Module, batch: EvaluationBatch) -> Tensor:
+def target_ranks(model: object, batch: EvaluationBatch) -> Tensor:
     """The target's 0-based place in the full ranking, for every row of a batch: int64 [B].
 
     ``batch.exclude`` is what takes no place. A model with ``encode`` and ``item_vectors`` is ranked by
@@ -81,17 +121,19 @@ def target_ranks(model: nn.Module, batch: EvaluationBatch) -> Tensor:
         TypeError: for a model with neither.
     """
     if hasattr(model, "encode") and hasattr(model, "item_vectors"):
-        table = model.item_vectors
-        user = model.encode(batch.ids, batch.lengths).to(table.dtype)  # [B, d]; autocast may have narrowed it
+        product = cast(ProductModel, model)
+        table = product.item_vectors
+        user = product.encode(batch.ids, batch.lengths).to(table.dtype)  # [B, d]; autocast may have narrowed it
         bias = getattr(model, "item_bias", None)
         return catalogue_rank(user, table, batch.target, bias=bias, exclude=batch.exclude)
     if hasattr(model, "logits"):
-        return rank_from_scores(model.logits(batch.ids, batch.lengths), batch.target, batch.exclude)
+        scores = cast("LogitModel", model).logits(batch.ids, batch.lengths)
+        return rank_from_scores(scores, batch.target, batch.exclude)
     raise TypeError(f"{type(model).__name__} has neither encode and item_vectors nor logits, so it ranks nothing")
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, loader: Iterable[EvaluationBatch], *, ks: Sequence[int] = (10,)) -> Quality:
+def evaluate(model: RankedModel, loader: Iterable[EvaluationBatch], *, ks: Sequence[int] = (10,)) -> Quality:
     """HR@k, NDCG@k and MRR@k over the full catalogue, with dropout off; the model's mode is put back afterwards.
 
     The loader decides about the seen filter: ``evaluation_loader(split, "test", exclude_seen=False)`` for none.
@@ -134,7 +176,7 @@ def evaluate(model: nn.Module, loader: Iterable[EvaluationBatch], *, ks: Sequenc
     return (metrics or RankMetrics(int(model.num_items), ks, seen_filter=False)).compute()
 
 
-def _device_of(model: nn.Module) -> torch.device:
+def _device_of(model: _Module) -> torch.device:
     for tensor in (*model.parameters(), *model.buffers()):
         return tensor.device
     return torch.device("cpu")

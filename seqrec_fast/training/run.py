@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from rich.console import Console
@@ -124,6 +124,12 @@ def start(
     return settings
 
 
+class _OfProcess(Protocol):
+    """Lightning keeps the number of the process on a decorator."""
+
+    rank: int
+
+
 def train(
     folder: str | os.PathLike[str],
     data: Interactions,
@@ -156,7 +162,8 @@ def train(
     console.print(f"{describe_model(model)}", highlight=False, soft_wrap=True)
     batches, validation = _batches(split, settings)
     fit(model, batches, validation, folder, settings.fit, resume=resume, console=console)
-    if rank_zero_only.rank:  # the other processes of a multi-device training leave the rest to the first
+    number = cast(_OfProcess, rank_zero_only).rank
+    if number:  # the other processes of a multi-device training leave the rest to the first
         return model, {}
     with console.status("ranking the test targets"):
         quality = measure_quality(model, split, max_length=settings.loader.max_length)

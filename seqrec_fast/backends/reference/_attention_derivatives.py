@@ -14,7 +14,8 @@ from ._scan import plain_arithmetic, scaled_query
 
 def _heads(tensor: Tensor, num_heads: int) -> Tensor:
     """[N, H·d] → [H, N, d]."""
-    return tensor.unflatten(1, (num_heads, tensor.shape[1] // num_heads)).transpose(0, 1)
+    parts: Tensor = tensor.unflatten(1, (num_heads, tensor.shape[1] // num_heads))
+    return parts.transpose(0, 1)
 
 
 def _join(tensor: Tensor) -> Tensor:

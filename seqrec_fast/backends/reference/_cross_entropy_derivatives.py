@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..._logits import LogitSpec, wide_dtype
-from ._derivatives import Formula, Results, Tensors, hidden_pairs, probabilities, tangent_of
+from ._derivatives import Formula, Results, Tensors, hidden_pairs, probabilities, tangent_of, vjp
 from ._scan import scaled_query
 from ._targets import Smoothing, Targets, linear_part
 
@@ -70,7 +70,7 @@ class CrossEntropyGradient(Formula):
     def linear(self, by_row: Tensors, by_item: Tensors) -> Results:
         names = [name for name in ("query", "row_scale") if name in by_row]
         inputs = ({name: by_row[name] for name in names}, by_item)
-        _, pull = torch.func.vjp(self.linear_scores, *inputs)
+        _, pull = vjp(self.linear_scores, *inputs)
         rows, items = pull(torch.where(self.targets.valid, -by_row["grad_loss"], 0.0))
         return rows, items
 

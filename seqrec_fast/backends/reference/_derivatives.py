@@ -11,7 +11,7 @@ Nothing here looks at a value: the tensors may be traced, batched or differentia
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from ._targets import Targets
 
 Tensors = dict[str, Tensor]
 Results = tuple[Tensors, Tensors]  # by row, by item
+R = TypeVar("R")
 
 
 class Formula:
@@ -64,14 +65,14 @@ class Formula:
         row_sums = {name: torch.zeros_like(tensor) for name, tensor in self.by_row.items()}
         of_items: dict[str, list[Tensor]] = {name: [] for name in self.by_item}
         for function, items, span in self.parts():
-            _, pull = torch.func.vjp(function, self.by_row, items)
+            _, pull = vjp(function, self.by_row, items)
             rows, parts = pull((by_row, {name: gradient[span] for name, gradient in by_item.items()}))
             row_sums = {name: total + rows[name] for name, total in row_sums.items()}
             for name, part in parts.items():
                 of_items[name].append(part)
         totals = {n: torch.cat(parts) if parts else self.by_item[n] * 0.0 for n, parts in of_items.items()}
         if self.has_linear:
-            _, pull = torch.func.vjp(self.linear, self.by_row, self.by_item)
+            _, pull = vjp(self.linear, self.by_row, self.by_item)
             rows, items = pull((by_row, by_item))
             row_sums = {name: total + rows[name] for name, total in row_sums.items()}
             totals = {name: total + items[name] for name, total in totals.items()}
@@ -98,11 +99,16 @@ class Formula:
         return row_sums, totals
 
 
+def vjp(function: Callable[..., R], *primals: Any) -> tuple[R, Callable[[R], tuple[Any, ...]]]:
+    """``torch.func.vjp`` of a function without auxiliary results: (results, their pullback)."""
+    return cast("tuple[R, Callable[[R], tuple[Any, ...]]]", torch.func.vjp(function, *primals))
+
+
 def tangent_of(function: Callable[..., Any], primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
     """Jacobian-vector product by two vector-Jacobian products, which unlike ``torch.func.jvp`` nests in forward-mode AD."""
-    results, pull = torch.func.vjp(function, *primals)
+    results, pull = vjp(function, *primals)
     zeros = torch.utils._pytree.tree_map(torch.zeros_like, results)
-    _, push = torch.func.vjp(pull, zeros)
+    _, push = vjp(pull, zeros)
     return push(tangents)[0]
 
 
@@ -121,7 +127,7 @@ def hidden_pairs(
         if targets is not None:
             mask = mask & ~_pair_mask(targets.rows, targets.items, num_rows, span)
     if logits.bias is not None:
-        dead = logits.bias[span] == float("-inf")
+        dead: Tensor = logits.bias[span] == float("-inf")
         mask = dead.expand(num_rows, width) if mask is None else mask | dead
     return mask
 
@@ -132,7 +138,8 @@ def _pair_mask(rows: Tensor, items: Tensor, num_rows: int, span: slice) -> Tenso
     place = torch.where(inside, rows * width + items - span.start, num_rows * width)
     ones = torch.ones_like(place, dtype=torch.bool)
     flat = torch.zeros(num_rows * width + 1, dtype=torch.bool, device=items.device).scatter(0, place, ones)
-    return flat[:-1].unflatten(0, (num_rows, width))
+    mask: Tensor = flat[:-1].unflatten(0, (num_rows, width))
+    return mask
 
 
 def probabilities(scores: Tensor, lse: Tensor, hidden: Tensor | None) -> Tensor:

@@ -95,8 +95,8 @@ class RankingScan:
         self.exact = Exact(query, items, logits)
         self.in_order = (query.dtype == torch.float64 or query.device.type != "cpu") if in_order is None else in_order
         self.scan = Scan(query, items, logits, plan, Exclusion(logits, plan), dtype=torch.float64)
-        self._norms = self.scan.query.norm(dim=1)  # [B]
-        self._norms = torch.where(torch.isfinite(self._norms), self._norms, 0.0)
+        norms: Tensor = self.scan.query.norm(dim=1)  # [B]
+        self._norms = torch.where(torch.isfinite(norms), norms, 0.0)
         self._bias: Tensor | None = None
         if self.scan.bias is not None:
             self._bias = torch.where(torch.isfinite(self.scan.bias), self.scan.bias.abs(), 0.0)  # [I]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..._logits import LogitSpec, wide_dtype
-from ._derivatives import tangent_of
+from ._derivatives import tangent_of, vjp
 from .catalogue_topk import gathered_scores
 
 Named = dict[str, "Tensor | None"]
@@ -40,7 +40,7 @@ class _Values:
 
     def gradient(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         inputs = {name: tensor for name, tensor in tensors.items() if name != "grad_values"}
-        _, pull = torch.func.vjp(self, inputs)
+        _, pull = vjp(self, inputs)
         result: dict[str, Tensor] = pull(tensors["grad_values"])[0]
         return result
 
@@ -56,7 +56,7 @@ def pullback(inputs: Named, gradients: Named, ids: Tensor, scale: float) -> dict
     """Gradients of the inputs, ``grad_values`` included, given those of the first derivative's results."""
     primals = _present(inputs)
     of_results = {name: tensor for name, tensor in inputs.items() if name != "grad_values"}
-    _, pull = torch.func.vjp(_Values(ids, scale).gradient, primals)
+    _, pull = vjp(_Values(ids, scale).gradient, primals)
     result: dict[str, Tensor] = pull(_present(of_results, gradients))[0]
     return result
 

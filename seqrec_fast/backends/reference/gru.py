@@ -115,7 +115,8 @@ class RecurrentPart:
         self.b_hh = b_hh
         self.w_t = w_hh.t()
         self.w_rz_t, self.w_n_t = self.w_t[:, : 2 * hidden], self.w_t[:, 2 * hidden :]
-        self.b_rz, self.b_n = (None, None) if b_hh is None else (b_hh[: 2 * hidden], b_hh[2 * hidden :])
+        self.b_rz: Tensor | None = None if b_hh is None else b_hh[: 2 * hidden]
+        self.b_n: Tensor | None = None if b_hh is None else b_hh[2 * hidden :]
 
     def __call__(self, gates: Tensor, operand: Tensor, v: Tensor | None = None) -> Tensor:
         """Turn u in the first 3H columns of ``gates`` [n, 4H] into r, z, n and v_n. ``v``: the normalised product, if at hand."""

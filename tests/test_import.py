@@ -41,7 +41,7 @@ def test_import_adds_less_than_150_ms() -> None:
     assert best < 0.150
 
 
-@pytest.mark.parametrize("name", ["data"])
+@pytest.mark.parametrize("name", ["models", "data", "training", "nn"])
 def test_subpackages_are_attributes(name: str) -> None:
     run(f"import seqrec_fast as sf; sf.{name}; assert '{name}' in dir(sf)")
 

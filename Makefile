@@ -12,7 +12,8 @@ export MAX_JOBS ?= $(shell nproc)
 help:  ## this text
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
-$(INSTALLED): requirements/dev.txt pyproject.toml
+# Not on pyproject.toml: installing again would mark the tree as not built.
+$(INSTALLED): requirements/dev.txt
 	@echo "setting up $(VENV) (downloads torch; once)"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements/dev.txt

@@ -85,13 +85,16 @@ def backward(
     d_r = d_n * v_n * r * (1 - r)
     du = torch.cat([d_r, d_z, d_n], dim=-1)  # [B, 3H]
     dv = torch.cat([d_r, d_z, d_n * r], dim=-1)
-    none = x.new_empty(0)
+
+    def none() -> Tensor:  # not one for all: the results of an operator do not share memory
+        return x.new_empty(0)
+
     results = (
-        du @ w_ih if output_mask[0] else none,
-        grad_h * z + dv @ w_hh if output_mask[1] else none,
-        du.t() @ x if output_mask[2] else none,
-        dv.t() @ h if output_mask[3] else none,
-        du.sum(0) if output_mask[4] else none,
-        dv.sum(0) if output_mask[5] else none,
+        du @ w_ih if output_mask[0] else none(),
+        grad_h * z + dv @ w_hh if output_mask[1] else none(),
+        du.t() @ x if output_mask[2] else none(),
+        dv.t() @ h if output_mask[3] else none(),
+        du.sum(0) if output_mask[4] else none(),
+        dv.sum(0) if output_mask[5] else none(),
     )
     return tuple(result.to(dtype) for result in results)

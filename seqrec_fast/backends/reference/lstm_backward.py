@@ -46,8 +46,8 @@ def forward(
     output, cells, gates, mask = rest[-4:]
     wanted = {name for name, asked in zip(GRADIENTS, mask, strict=True) if asked}
     found = _Backward(call, output, cells, gates, wanted).run(grad_output, grad_h_n, grad_c_n)
-    none = call.x.new_empty(0)
-    return tuple(found[name].to(call.x.dtype) if name in wanted else none for name in GRADIENTS)
+    # Not one empty tensor for all: the results of an operator do not share memory.
+    return tuple(found[name].to(call.x.dtype) if name in wanted else call.x.new_empty(0) for name in GRADIENTS)
 
 
 class _Backward:

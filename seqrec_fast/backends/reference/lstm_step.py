@@ -117,13 +117,16 @@ def backward(
         t.to(wide) for t in (grad_h, grad_c, x, h, c, c_next, w_ih, w_hh, activated)
     )
     dz, dc = gate_gradient(grad_h, grad_c, c, c_next, activated)
-    none = x.new_empty(0)
+
+    def none() -> Tensor:  # not one for all: the results of an operator do not share memory
+        return x.new_empty(0)
+
     results = (
-        dz @ w_ih if output_mask[0] else none,
-        dz @ w_hh if output_mask[1] else none,
-        dc if output_mask[2] else none,
-        dz.t() @ x if output_mask[3] else none,
-        dz.t() @ h if output_mask[4] else none,
-        dz.sum(0) if output_mask[5] else none,
+        dz @ w_ih if output_mask[0] else none(),
+        dz @ w_hh if output_mask[1] else none(),
+        dc if output_mask[2] else none(),
+        dz.t() @ x if output_mask[3] else none(),
+        dz.t() @ h if output_mask[4] else none(),
+        dz.sum(0) if output_mask[5] else none(),
     )
     return tuple(result.to(dtype) for result in results)

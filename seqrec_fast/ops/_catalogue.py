@@ -16,6 +16,11 @@ from ..backends.reference._derivatives import Formula
 from ._checks import check_floating
 
 
+def check_is_tensor(operator: str, name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{operator}: {name} must be a tensor, got {type(value).__name__}")
+
+
 def autocast_dtypes(device: torch.device, dtype: torch.dtype) -> tuple[torch.dtype, ...]:
     """What floating options may be beside tensors of ``dtype`` (after autocast): wide too where autocast is on."""
     return (dtype, torch.float32) if torch.is_autocast_enabled(device.type) and dtype != torch.float64 else (dtype,)
@@ -24,10 +29,9 @@ def autocast_dtypes(device: torch.device, dtype: torch.dtype) -> tuple[torch.dty
 def autocast(operator: str, **tensors: Tensor | None) -> tuple[Any, ...]:
     """The tensors as autocast wants matrix operands, where it is on; fp64 is left alone, as torch does."""
     for name, tensor in tensors.items():
-        if tensor is not None and not isinstance(tensor, Tensor):
-            raise TypeError(f"{operator}: {name} must be a tensor, got {type(tensor).__name__}")
-    given = [tensor for tensor in tensors.values() if tensor is not None]
-    kind = given[0].device.type
+        if tensor is not None:
+            check_is_tensor(operator, name, tensor)
+    kind = next((tensor.device.type for tensor in tensors.values() if tensor is not None), "cpu")
     if not torch.is_autocast_enabled(kind):
         return tuple(tensors.values())
     dtype = torch.get_autocast_dtype(kind)
@@ -45,6 +49,8 @@ def check_matrices(operator: str, query: Tensor, items: Tensor, items_name: str 
     Raises:
         TypeError, ValueError.
     """
+    for name, tensor in (("query", query), (items_name, items)):
+        check_is_tensor(operator, name, tensor)
     check_floating(operator, **{"query": query, items_name: items})
     if query.dim() == 0:
         raise ValueError(f"{operator}: query must have shape [..., d], got a scalar")

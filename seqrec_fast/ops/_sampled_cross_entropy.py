@@ -12,6 +12,7 @@ from .._dispatch import Spec
 from .._logits import LogitSpec, wide_dtype
 from .._operator import Operator
 from ..backends.reference import catalogue_sampled_cross_entropy as reference
+from ..backends.reference._sampled import Sampled
 from ..backends.reference._scan import plain_arithmetic, scaled_query
 from . import _catalogue
 
@@ -136,12 +137,13 @@ def _differentiable(
 ) -> tuple[Tensor | None, ...]:
     """The first derivative on tensors that are connected to the graph: somebody differentiates this backward."""
     wide, num_items = wide_dtype(query.dtype), items.shape[0]
-    sampled = reference.Sampled.build(*lists, logits, *options, num_items, wide)
+    sampled = Sampled.build(*lists, logits, *options, num_items, wide)
     row_scale, bias = (None if v is None else v.to(wide) for v in (logits.row_scale, logits.bias))
     with plain_arithmetic(query.device, precision):
-        direction, scaled, d_targets, d_negatives = reference.gradients(
+        direction, scored, d_targets, d_negatives = reference.gradients(
             grad_loss.to(wide), grad_lse.to(wide), query.to(wide), items, row_scale, bias, sampled
         )
+        scaled = scored.query
         negatives = sampled.negatives
         if negatives.dim() == 2:
             of_negatives, negative_rows = (
@@ -155,7 +157,8 @@ def _differentiable(
         di = add_by_id(ids, torch.cat([target_rows, negative_rows]), num_items).to(items.dtype)
         ds = db = None
         if logits.row_scale is not None:
-            ds = ((direction * query.to(wide)).sum(1) * logits.scale).to(logits.row_scale.dtype)
+            valid_query = torch.where(sampled.valid[:, None], query.to(wide), 0.0)
+            ds = ((direction * valid_query).sum(1) * logits.scale).to(logits.row_scale.dtype)
         if logits.bias is not None:
             db = add_by_id(ids, torch.cat([d_targets.flatten(), of_negatives]), num_items).to(logits.bias.dtype)
         dq = scaled_query(direction, LogitSpec(logits.scale, row_scale)).to(query.dtype)

@@ -12,6 +12,7 @@ from .._logits import LogitSpec, check_id_tensor, check_vector, csr_parts, is_cs
 from .._operator import transforms_active
 from .._precision import current_precision
 from ..backends.reference import catalogue_sampled_cross_entropy as sampled_reference
+from ..backends.reference._sampled import Sampled
 from . import _catalogue
 from ._full_cross_entropy import CATALOGUE_CROSS_ENTROPY
 from ._sampled_cross_entropy import CATALOGUE_SAMPLED_CROSS_ENTROPY
@@ -124,7 +125,8 @@ def catalogue_cross_entropy(
         negatives_log_q: of their shape, subtracted from their scores (not from the target's). Not differentiable.
         sparse_grad: the items' gradient is a coalesced ``torch.sparse_coo`` tensor over the touched rows. Not under
             ``torch.compile``; dense in a double backward and under transforms.
-        skip_mass: δ: the backward may leave out tiles of items whose probability in each row adds up to at most δ. 0 is exact.
+        skip_mass: δ: the backward may leave out tiles of items whose probability in each row adds up to at most δ. 0 is exact. With
+            negatives nothing is left out.
         return_skipped: also return a float tensor [...], last, that holds the mass left out of each row after ``backward()``.
             Not under ``torch.compile``.
 
@@ -178,9 +180,7 @@ def catalogue_cross_entropy(
         if transforms_active_eagerly():
             # Every transform differentiates the plain formula: nothing of it is as large as the catalogue.
             wide = wide_dtype(query.dtype)
-            sampled = sampled_reference.Sampled.build(
-                *raw_targets, negatives, log_q, logits, *options, items.shape[0], wide
-            )
+            sampled = Sampled.build(*raw_targets, negatives, log_q, logits, *options, items.shape[0], wide)
             row_scale = None if logits.row_scale is None else logits.row_scale.to(wide)
             wide_bias = None if logits.bias is None else logits.bias.to(wide)
             loss, lse = sampled_reference.loss_and_lse(rows.to(wide), items, row_scale, wide_bias, sampled)

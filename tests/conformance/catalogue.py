@@ -158,10 +158,10 @@ def naive_cross_entropy(
         for id_, weight in zip(ids, weights, strict=True):
             if weight == 0:
                 continue
-            if ranked(q, items, [id_], own, bias):
-                loss = loss + (1 - label_smoothing) * weight * (lse - row_scores(q, items, [id_], own, bias)[0])
-            else:
-                loss = loss + float("inf")
+            alive = bool(ranked(q, items, [id_], own, bias))
+            score = row_scores(q, items, [id_], own, bias)[0] if alive else -math.inf
+            surprise = lse - score if alive or candidates else math.inf
+            loss = loss + (1 - label_smoothing) * weight * surprise
         if label_smoothing:
             loss = loss + label_smoothing * _mean_surprise(scores, lse, candidates, smoothing_prior)
         losses.append(loss)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import seqrec_fast as sf
 from seqrec_fast._logits import LogitSpec
 from seqrec_fast.backends.reference import _derivatives, _scan, _targets
 
@@ -115,3 +116,53 @@ class LargestTemporary(TorchDispatchMode):
             if isinstance(result, Tensor):
                 self.elements = max(self.elements, result.untyped_storage().nbytes() // result.element_size())
         return results
+
+
+# Cross-entropy.
+
+
+def cross_entropy(**keywords: Any) -> tuple[Tensor, Tensor]:
+    loss, lse = sf.catalogue_cross_entropy(**{"reduction": "none", **keywords}, return_lse=True)
+    return loss, lse
+
+
+def cross_entropy_arguments(
+    rows: int, items: int, targets: str = "single", smoothing: str = "none", logits: str = "plain", width: int = 4
+) -> Keywords:
+    """Keywords of a call. Some row is ignored, some target listed twice, some weight 0, some prior 0."""
+    weights: Tensor | None = None
+    if targets == "single":
+        target = torch.randint(0, items, (rows,))
+        target[1::5] = -100
+    elif targets in ("several", "weighted"):
+        target = ids_below(items, rows, 3)
+        target[1::5] = -1
+        target[::3, 0] = target[::3, 2]
+        weights = normal(rows, 3).abs() if targets == "weighted" else None
+        if weights is not None:
+            weights[::2, 1] = 0
+    else:
+        matrix = torch.rand(rows, items) < 0.3
+        matrix[1::5] = False
+        target = matrix.double().to_sparse_csr()
+        weights = normal(target.col_indices().numel()).abs() if targets == "csr_weighted" else None
+    prior = torch.rand(items, dtype=torch.float64) if smoothing == "prior" else None
+    if prior is not None:
+        prior[::4] = 0
+    return {
+        "query": normal(rows, width),
+        "items": normal(items, width),
+        "target": target,
+        "target_weights": weights,
+        "label_smoothing": 0.0 if smoothing == "none" else 0.3,
+        "smoothing_prior": prior,
+        **LOGITS[logits](rows, items),
+    }
+
+
+def doubly_differentiated(**keywords: Any) -> tuple[Tensor, ...]:
+    """The gradients of the query and the items, as results that can be differentiated."""
+    loss, lse = cross_entropy(**keywords)
+    return torch.autograd.grad(
+        (loss.sin() + lse.cos()).sum(), [keywords["query"], keywords["items"]], create_graph=True
+    )

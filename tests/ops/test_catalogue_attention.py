@@ -360,6 +360,8 @@ OK: dict[str, Any] = {"query": torch.zeros(2, 4), "keys": torch.zeros(3, 4)}
 IDS = torch.zeros(2, 1, dtype=torch.int64)
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"query": [1.0]}, TypeError, "query must be a tensor, got list"),
+    ({"query": None}, TypeError, "query must be a tensor, got NoneType"),
+    ({"keys": None}, TypeError, "keys must be a tensor, got NoneType"),
     ({"keys": 3}, TypeError, "keys must be a tensor, got int"),
     ({"values": "x"}, TypeError, "values must be a tensor, got str"),
     ({"query": torch.zeros(2, 4, dtype=torch.int64)}, TypeError, "query must be float16, bfloat16, float32 or float64, got torch.int64"),

@@ -111,7 +111,7 @@ def make(
     """The formula with everything in the wide dtype; ``by_row``: lse, and for the derivative the incoming gradients."""
     wide = wide_dtype(query.dtype)
     by_row["lse"] = torch.where(targets.valid, by_row["lse"], float("inf"))  # no probabilities in ignored rows
-    rows = {"query": query, **by_row}
+    rows = {"query": torch.where(targets.valid[:, None], query, 0.0), **by_row}  # ignored rows may hold anything
     if logits.row_scale is not None:
         rows["row_scale"] = logits.row_scale
     of_items = {"items": items}

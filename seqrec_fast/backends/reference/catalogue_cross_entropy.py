@@ -84,6 +84,16 @@ def check_targets(operator: str, target: Tensor, crow: Tensor | None, ignore_ind
     check_ids(operator, "target", target, num_items, padding=target.dim() == 2)
 
 
+def check_prior(operator: str, prior: Tensor | None) -> None:
+    """Weights of a mean.
+
+    Raises:
+        ValueError: one is negative or NaN.
+    """
+    if prior is not None and prior.device.type == "cpu" and not bool((prior >= 0).all()):
+        raise ValueError(f"{operator}: smoothing_prior must not be negative, got {float(prior.min())}")
+
+
 @dataclass(frozen=True)
 class Arguments:
     """The raw arguments between ``items`` and ``precision``, grouped."""
@@ -101,13 +111,11 @@ class Arguments:
 
         Raises:
             IndexError: an id out of range.
-            ValueError: a negative prior.
+            ValueError: a negative or NaN prior.
         """
         check_exclusion(OPERATOR, self.logits, num_items)
         check_targets(OPERATOR, self.target, self.target_crow, self.ignore_index, num_items)
-        prior = self.smoothing_prior
-        if prior is not None and prior.device.type == "cpu" and bool((prior < 0).any()):
-            raise ValueError(f"{OPERATOR}: smoothing_prior must not be negative, got {float(prior.min())}")
+        check_prior(OPERATOR, self.smoothing_prior)
 
     def targets(self, num_rows: int, dtype: torch.dtype) -> Targets:
         return Targets.build(self.target, self.target_weights, self.target_crow, self.ignore_index, num_rows, dtype)

@@ -277,3 +277,64 @@ def naive_rank(
 
 def _ranked_numbers(scores: list[float], gone: set[int]) -> list[int]:
     return [i for i, s in enumerate(scores) if i not in gone and not math.isnan(s) and s != -math.inf]
+
+
+# Data on which a scan may stumble: [I, d] made of a Gaussian table and the queries [B, d].
+
+
+def duplicated(items: Tensor, query: Tensor) -> Tensor:
+    table = items.clone()
+    table[(len(items) + 1) // 2 :] = table[: len(items) // 2].clone()
+    return table
+
+
+def all_equal(items: Tensor, query: Tensor) -> Tensor:
+    return items[:1].expand(items.shape).clone()
+
+
+def ascending(items: Tensor, query: Tensor) -> Tensor:
+    """The first row's scores rise: every item is the best so far."""
+    return items[(items.double() @ query[0].double()).argsort()]
+
+
+def huge_and_tiny(items: Tensor, query: Tensor) -> Tensor:
+    table = items.clone()
+    table[::3] *= 100
+    table[1::3] *= 1e-4
+    return table
+
+
+def near_ties(items: Tensor, query: Tensor) -> Tensor:
+    """One row, with one element moved by a few ulp: scores differ in the last places only."""
+    near = items[:1].repeat(len(items), 1)
+    rows, generator = torch.arange(len(items)), torch.Generator().manual_seed(5)
+    column = torch.randint(0, items.shape[1], (len(items),), generator=generator)
+    steps = torch.randint(-3, 4, (len(items),), generator=generator)
+    near[rows, column] *= (1 + steps * torch.finfo(items.dtype).eps).to(items.dtype)
+    return near
+
+
+def few_values(items: Tensor, query: Tensor) -> Tensor:
+    """Whole numbers: ties everywhere, and scores of 0 with either sign."""
+    return items.round()
+
+
+def with_infinities(items: Tensor, query: Tensor) -> Tensor:
+    table = items.clone()
+    table[::7, 0] = float("inf")
+    table[1::7, 0] = float("-inf")
+    return table
+
+
+def with_nan(items: Tensor, query: Tensor) -> Tensor:
+    table = items.clone()
+    table[::5, -1] = float("nan")
+    return table
+
+
+def gaussian(items: Tensor, query: Tensor) -> Tensor:
+    return items
+
+
+FINITE_TABLES = (gaussian, duplicated, all_equal, ascending, huge_and_tiny, near_ties, few_values)
+TABLES = {table.__name__: table for table in (*FINITE_TABLES, with_infinities, with_nan)}

@@ -205,7 +205,7 @@ class Inputs:
         self._rows = call.x if call.ids is not None else packing.pack(call.x, call.batch_first)  # the table, or [N, I]
         self._ids = None if call.ids is None else packing.pack(call.ids, call.batch_first).long()  # [N]
         if self._ids is not None and self._ids.device.type == "cpu":
-            _check_ids(operator, self._ids, call.x.shape[0])
+            check_table_ids(operator, self._ids, call.x.shape[0])
         self.w_ih = None if call.w_ih is None else call.w_ih.to(self.wide)
         self.ln_ih = None if call.ln_ih is None else call.ln_ih.to(self.wide)
         self.bias = input_bias(call)
@@ -260,7 +260,8 @@ class Inputs:
         return d_rows.new_zeros(self._rows.shape).index_add_(0, ids, d_rows)
 
 
-def _check_ids(operator: str, ids: Tensor, count: int) -> None:
+def check_table_ids(operator: str, ids: Tensor, count: int) -> None:
+    """Ids on the CPU lie in 0…N−1. Reads them, so it belongs inside an opaque operator."""
     outside = (ids < 0) | (ids >= count)
     if bool(outside.any()):
         raise IndexError(

@@ -2,40 +2,49 @@
 
 A sequential recommender spends its time in two places: the steps of its recurrent encoder, and the softmax over its whole item
 catalogue. This package owns those two, as operators and as modules that drop into any PyTorch model; see README.md.
+
+``models``, ``data``, ``training`` and ``testing`` are imported when first used.
 """
 
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from . import nn
 from ._cache import clear_cache
 from ._dispatch import BackendUnavailable, use_backend
 from ._explain import explain
+from .nn import GRU, LSTM, GRUCell, LSTMCell
+from .ops.catalogue_attention import catalogue_attention
+from .ops.catalogue_cross_entropy import catalogue_cross_entropy
+from .ops.catalogue_rank import catalogue_rank
+from .ops.catalogue_topk import catalogue_topk
+from .ops.gru import gru
+from .ops.gru_step import gru_step
+from .ops.lstm import lstm
+from .ops.lstm_embedding import lstm_embedding
 from .ops.lstm_step import lstm_step
+
+if TYPE_CHECKING:
+    from . import data, models, testing, training
 
 __version__ = "0.1.0"
 
-__all__ = ["BackendUnavailable", "__version__", "clear_cache", "explain", "lstm_step", "use_backend"]
+__all__ = [
+    "GRU", "LSTM", "BackendUnavailable", "GRUCell", "LSTMCell", "__version__", "catalogue_attention",
+    "catalogue_cross_entropy", "catalogue_rank", "catalogue_topk", "clear_cache", "data", "explain", "gru", "gru_step",
+    "lstm", "lstm_embedding", "lstm_step", "models", "nn", "testing", "training", "use_backend",
+]  # fmt: skip
 
-# Imported when first used: they are larger than the operators, or need an extra.
-_SUBPACKAGES = ("data", "models", "nn", "testing", "training")
-_LAZY = {
-    "workspace_bytes": "_workspace", "CatalogueIndex": "index", "LSTM": "nn", "GRU": "nn", "LSTMCell": "nn",
-    "GRUCell": "nn", "CatalogueAttention": "nn", "CatalogueCrossEntropyLoss": "nn",
-    "catalogue_attention": "ops.catalogue_attention", "catalogue_cross_entropy": "ops.catalogue_cross_entropy",
-    "catalogue_rank": "ops.catalogue_rank", "catalogue_topk": "ops.catalogue_topk", "gru": "ops.gru",
-    "gru_step": "ops.gru_step", "lstm": "ops.lstm", "lstm_embedding": "ops.lstm_embedding",
-}  # fmt: skip
+_ON_FIRST_USE = ("data", "models", "testing", "training")
 
 
 def __getattr__(name: str) -> Any:
-    if name in _SUBPACKAGES:
+    if name in _ON_FIRST_USE:
         return importlib.import_module(f"seqrec_fast.{name}")
-    if name in _LAZY:
-        return getattr(importlib.import_module(f"seqrec_fast.{_LAZY[name]}"), name)
     raise AttributeError(f"module 'seqrec_fast' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY, *_SUBPACKAGES})
+    return sorted({*globals(), *_ON_FIRST_USE})

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from . import _dispatch, _native
 from ._dispatch import BackendUnavailable, Spec
-from .ops import define_all
 
 
 @dataclass(frozen=True)
@@ -53,8 +52,6 @@ def explain(op_name: str, *tensors: Any, **options: Any) -> Explanation:
         >>> sf.explain("lstm_step", torch.randn(2, 8)).operator
         'lstm_step'
     """
-    if op_name not in _dispatch.SUPPORTS:
-        define_all()
     if op_name not in _dispatch.SUPPORTS:
         known = ", ".join(sorted(name for name in _dispatch.SUPPORTS if not name.endswith(("_", "_backward"))))
         raise ValueError(f"explain: unknown operator {op_name!r}; known are {known}")

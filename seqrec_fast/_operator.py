@@ -2,7 +2,7 @@
 
 How a call travels::
 
-    public function ──► Operator.__call__ ─┬─ compiling ────────────► seqrec_fast::X  (recorded in the graph)
+    public function ──► Operator.__call__ ─┬─ tracing ──────────────► seqrec_fast::X  (recorded in the graph)
                                            ├─ no gradient wanted ───► run ──► seqrec_fast_<backend>::X
                                            └─ otherwise ────────────► Function.apply ──► forward ──► run
 
@@ -73,8 +73,8 @@ class Operator:
             self._register("seqrec_fast_triton", _lazy_implementation(triton, name))
         _dispatch.SUPPORTS[name] = table
         self._register(PUBLIC, self.run)
-        for library in LIBRARIES.values():
-            torch.library.register_fake(f"{library.ns}::{name}", fake, lib=library)
+        # Only the public operator is ever traced: see __call__.
+        torch.library.register_fake(f"{PUBLIC}::{name}", fake, lib=LIBRARIES[PUBLIC])
 
     def _register(self, namespace: str, implementation: Implementation) -> None:
         LIBRARIES[namespace].impl(self.name, implementation, "CompositeExplicitAutograd")
@@ -104,7 +104,7 @@ class Operator:
         return self.run(*args, forced=forced)
 
     def __call__(self, *args: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
             return self.public(*args)
         if transforms_active():
             return self.function.apply(*args)

@@ -14,7 +14,6 @@ import seqrec_fast
 
 from . import _dispatch, _native
 from ._dispatch import Spec
-from .ops import define_all
 
 # The versions the test suite was run with. Others inside the range of pyproject.toml are expected to work.
 TESTED = {"torch": ("2.13.0",), "triton": ("3.7.1",), "python": ("3.11",)}
@@ -53,12 +52,11 @@ def info() -> dict[str, Any]:
         >>> info()["operators"]["lstm_step"]["cpu"]["reference"] is None
         True
     """
-    define_all()
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     operators = {
         name: {device: _dispatch.reasons(Spec(name, device, torch.float32)) for device in devices}
         for name in sorted(_dispatch.SUPPORTS)
-        if name in dir(seqrec_fast)  # not the parts that the operators share, nor their backward forms
+        if name in seqrec_fast.__all__  # not the parts that the operators share, nor their backward forms
     }
     return {
         "seqrec_fast": _version("seqrec_fast"),

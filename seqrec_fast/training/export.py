@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from seqrec_fast._files import written_beside
-from seqrec_fast.ops import define_all
 
 Encoder = Callable[[Tensor, Tensor], Tensor]
 
@@ -83,7 +82,6 @@ def load_encoder(path: str | os.PathLike[str]) -> Encoder:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no exported program {path}")
-    define_all()
     try:
         program = torch.export.load(path)
     except Exception as error:  # torch raises many kinds for a broken archive

@@ -23,7 +23,9 @@ $(INSTALLED): requirements/dev.txt
 env: $(INSTALLED)  ## the environment alone
 
 build: $(INSTALLED)  ## compile the extension in place (only what changed)
-	$(BIN)/python setup.py --quiet build_ext --inplace
+	@mkdir -p build
+	@echo "compiling what changed (a few minutes the first time; details in build/log)"
+	@$(BIN)/python setup.py --quiet build_ext --inplace > build/log 2>&1 || { cat build/log; exit 1; }
 
 demo: build  ## train, compare with stock torch, recommend and explain; on synthetic data
 	$(BIN)/python examples/demo.py

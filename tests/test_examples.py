@@ -1,4 +1,4 @@
-"""Every example runs, and the demo writes its picture and a folder that can be served from."""
+"""Every example runs, and the demo writes its picture and a folder that can be served from and blended."""
 
 from __future__ import annotations
 
@@ -57,6 +57,11 @@ def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     assert captured.out.count("largest attention weights") == 3
     assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "run" / "model.safetensors").exists()
+    run("blend.py", str(tmp_path / "run"), monkeypatch=monkeypatch)
+    chosen, alone, blended = capsys.readouterr().out.splitlines()[-3:]
+    assert chosen.startswith("validation, weight 0.5: NDCG@10")
+    assert alone.startswith("test, recommender alone: HR@10")
+    assert blended.startswith("test, blend at")
     with pytest.raises(SystemExit) as ended:
         run("demo.py", *arguments, "--epochs", "0", monkeypatch=monkeypatch)
     assert ended.value.code == 1

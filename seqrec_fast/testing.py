@@ -114,6 +114,7 @@ def assert_no_worse_than_eager(
     truth: Tensor,
     *,
     factor: float = 2.0,
+    absolute: float = 0.0,
     name: str = "result",
 ) -> None:
     """Error of ``actual`` ≤ ``factor`` × that of eager PyTorch, plus two roundings of the largest value; and no bias.
@@ -126,6 +127,7 @@ def assert_no_worse_than_eager(
             over a few elements, one run's largest error is a matter of luck.
         truth: the same in fp64, from the same numbers. NaN and ±∞ must be where the truth has them.
         factor: of the largest of eager's errors.
+        absolute: added to the bound. Say beside the call why it is due.
         name: for the message.
 
     Raises:
@@ -148,7 +150,7 @@ def assert_no_worse_than_eager(
     size = float(truth.abs().nan_to_num(nan=0.0, posinf=0.0).max())
     unit = torch.finfo(actual.dtype).eps * size
     own, yardstick = largest_error(actual, truth), max(largest_error(run, truth) for run in runs)
-    bound = factor * yardstick + 2 * unit
+    bound = factor * yardstick + 2 * unit + absolute
     if not own <= bound:
         raise AssertionError(f"{name}: error {own:.3g}, eager's is {yardstick:.3g}, the bound {bound:.3g}")
     finite = truth.isfinite()

@@ -82,6 +82,7 @@ def test_an_error_like_eagers_passes_and_a_larger_one_does_not() -> None:
     with pytest.raises(AssertionError, match=r"values: error \S+, eager's is \S+, the bound \S+"):
         sf.testing.assert_no_worse_than_eager(noisy(truth, 1e-4), eager, truth, name="values")
     sf.testing.assert_no_worse_than_eager(noisy(truth, 1e-4), eager, truth, factor=20)
+    sf.testing.assert_no_worse_than_eager(noisy(truth, 1e-4), eager, truth, absolute=1e-3)
 
 
 def test_two_roundings_are_free() -> None:

@@ -56,7 +56,7 @@ class Sampled:
             target = torch.where(target == ignore_index, -1, target)[:, None]
         listed = target != -1
         count = listed.sum(1, keepdim=True)
-        each = (1 / count).to(dtype) if target_weights is None else target_weights.to(dtype)
+        each = 1 / count.to(dtype) if target_weights is None else target_weights.to(dtype)
         return Sampled(
             target,
             torch.where(listed, each, 0.0),

@@ -96,12 +96,12 @@ def reasons(spec: Spec) -> dict[str, str | None]:
 
 def _ask(supports: Supports | None, backend: str, spec: Spec) -> str | None:
     if supports is None:
-        return f"{spec.operator} has no {backend} implementation"
+        return f"there is no {backend} implementation"
     if backend == "native":
         if _native.MISSING is not None:
             return _native.MISSING
         if not _native.has_kernel(spec.operator, spec.device):
-            return f"the compiled library has no {spec.device} kernel of {spec.operator}"
+            return f"the compiled library has no {spec.device} kernel of it"
     return supports(spec)
 
 

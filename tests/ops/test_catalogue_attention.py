@@ -405,5 +405,5 @@ def test_bad_input(change: dict[str, Any], error: type[Exception], message: str)
 
 
 def test_a_backend_that_cannot_run_says_why() -> None:
-    with sf.use_backend("native"), pytest.raises(sf.BackendUnavailable, match="has no native implementation"):
+    with sf.use_backend("native"), pytest.raises(sf.BackendUnavailable, match="there is no native implementation"):
         sf.catalogue_attention(**OK)

@@ -22,6 +22,12 @@ def _fixed_seed() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def one_thread(_fixed_seed: None) -> None:
+    """For tests of many tiny operations, where waking a second thread costs a hundred times the work."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """The folder with real interaction files, which may not be redistributed; tests that want it skip without it."""

@@ -21,6 +21,8 @@ from . import catalogue as suite
 from . import catalogue_calls as calls
 from .catalogue_calls import Case
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 BACKENDS = [name for name in _dispatch.NAMES if name != "auto"]
 RANKINGS = ("catalogue_topk", "catalogue_rank")
 # Only the forward is asked of tables that hold NaN or ±∞ under a softmax: eager's own gradients are NaN where 0 meets ∞.

@@ -28,6 +28,8 @@ from seqrec_fast.backends.reference import _scan
 from seqrec_fast.backends.reference import catalogue_attention as reference
 from seqrec_fast.ops import catalogue_attention as ops
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # name: (d, d_v or None for values = keys, heads)
 TABLES = {
     "shared": (4, None, 1),

@@ -30,6 +30,8 @@ from seqrec_fast.backends.reference import _scan
 from seqrec_fast.backends.reference import catalogue_cross_entropy as reference
 from seqrec_fast.ops import _full_cross_entropy as ops
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SHAPES = [(0, 7), (1, 1), (7, 23)]
 TARGETS = ("single", "several", "weighted", "csr", "csr_weighted")
 SMOOTHINGS = ("none", "uniform", "prior")

@@ -24,6 +24,8 @@ import seqrec_fast as sf
 from seqrec_fast.backends.reference import _exact, _scan
 from seqrec_fast.backends.reference import catalogue_rank as reference
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 both_backends = pytest.mark.parametrize("backend", ["auto", "reference"])
 

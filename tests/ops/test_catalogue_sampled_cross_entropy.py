@@ -27,6 +27,8 @@ import seqrec_fast as sf
 from seqrec_fast.backends.reference import _sampled
 from seqrec_fast.backends.reference import catalogue_sampled_cross_entropy as reference
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # (targets, negatives, smoothing)
 LISTS = [
     ("single", "shared", "none"),

@@ -29,6 +29,8 @@ from seqrec_fast.backends.reference import _exact, _scan
 from seqrec_fast.backends.reference import catalogue_topk as reference
 from seqrec_fast.ops import catalogue_topk as ops
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 

@@ -15,6 +15,7 @@ from . import nn
 from ._cache import clear_cache
 from ._dispatch import BackendUnavailable, use_backend
 from ._explain import explain
+from ._workspace import workspace_bytes
 from .nn import GRU, LSTM, GRUCell, LSTMCell
 from .ops.catalogue_attention import catalogue_attention
 from .ops.catalogue_cross_entropy import catalogue_cross_entropy
@@ -35,6 +36,7 @@ __all__ = [
     "GRU", "LSTM", "BackendUnavailable", "GRUCell", "LSTMCell", "__version__", "catalogue_attention",
     "catalogue_cross_entropy", "catalogue_rank", "catalogue_topk", "clear_cache", "data", "explain", "gru", "gru_step",
     "lstm", "lstm_embedding", "lstm_step", "models", "nn", "testing", "training", "use_backend",
+    "workspace_bytes",
 ]  # fmt: skip
 
 _ON_FIRST_USE = ("data", "models", "testing", "training")

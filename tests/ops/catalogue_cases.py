@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import seqrec_fast as sf
 from seqrec_fast._logits import LogitSpec
@@ -101,21 +100,6 @@ def cut_small(monkeypatch: pytest.MonkeyPatch, *, rows: int = 4, scores: int = 2
 EVERY_CHECK = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 # How tests cut a scan: with and without bias and shift as two more columns of the product.
 CUTS: list[Keywords] = [{}, {"fold_rows": 10**9}]
-
-
-class LargestTemporary(TorchDispatchMode):
-    """The most elements of any tensor that an operator made while it is on."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        results = func(*args, **(kwargs or {}))
-        for result in results if isinstance(results, (tuple, list)) else [results]:
-            if isinstance(result, Tensor):
-                self.elements = max(self.elements, result.untyped_storage().nbytes() // result.element_size())
-        return results
 
 
 # Cross-entropy.

@@ -12,7 +12,6 @@ from catalogue_cases import (
     INFINITY,
     LOGITS,
     NAN,
-    LargestTemporary,
     cut_small,
     gradients,
     logit_spec,
@@ -20,6 +19,7 @@ from catalogue_cases import (
     with_leaves,
 )
 from conformance import catalogue as suite
+from memory import LargestTemporary
 from torch import Tensor
 
 import seqrec_fast as sf

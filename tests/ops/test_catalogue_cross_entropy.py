@@ -12,7 +12,6 @@ from catalogue_cases import (
     INFINITY,
     LOGITS,
     NAN,
-    LargestTemporary,
     cross_entropy,
     cross_entropy_arguments,
     cut_small,
@@ -23,6 +22,7 @@ from catalogue_cases import (
     with_leaves,
 )
 from conformance import catalogue as suite
+from memory import LargestTemporary
 from torch import Tensor
 
 import seqrec_fast as sf

@@ -11,13 +11,13 @@ from catalogue_cases import (
     INFINITY,
     LOGITS,
     NAN,
-    LargestTemporary,
     cut_small,
     ids_below,
     logit_spec,
     normal,
 )
 from conformance import catalogue as suite
+from memory import LargestTemporary
 from torch import Tensor
 
 import seqrec_fast as sf
@@ -137,6 +137,16 @@ def test_a_query_of_nan_ranks_nothing(backend: str) -> None:
 
 
 @both_backends
+@pytest.mark.parametrize("scale", [INFINITY, -INFINITY, NAN, 1e308, torch.tensor([INFINITY, NAN, 1.0, 0.0])], ids=str)
+def test_the_scale_multiplies_the_sum_and_not_the_query(backend: str, scale: float | Tensor) -> None:
+    """∞·(a + b) where ∞·a + ∞·b would be NaN; 1e308·(a + b) where 1e308·a would overflow."""
+    query, items = normal(4, 9).float() * 10, normal(7, 9).float() * 10
+    with sf.use_backend(backend):
+        for target in range(7):
+            assert_is_naive(query=query, items=items, target=torch.full((4,), target), scale=scale)
+
+
+@both_backends
 def test_autocast_does_not_cast(backend: str) -> None:
     keywords = arguments(9, 101, "plain", torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16), sf.use_backend(backend):
@@ -219,6 +229,14 @@ def test_memory_does_not_grow_with_rows_times_items(dtype: torch.dtype, monkeypa
     assert 0 < watch.elements <= bound
 
 
+def unchecked_csr(crow: list[int], columns: list[int]) -> Tensor:
+    """What torch.sparse_csr_tensor makes of bad indices when it does not look."""
+    return torch.sparse_csr_tensor(
+        torch.tensor(crow), torch.tensor(columns), torch.ones(len(columns)), size=(2, 3), check_invariants=False
+    )
+
+
+ROWS = r"exclude is not a valid sparse_csr matrix: its row pointers must rise from 0 to 2"
 OK: dict[str, Any] = {"query": torch.zeros(2, 4), "items": torch.zeros(3, 4), "target": torch.tensor([0, 1])}
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"query": 1}, TypeError, "query must be a tensor, got int"),
@@ -233,6 +251,12 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"scale": [1.0]}, TypeError, "scale must be a float or a tensor, got list"),
     ({"bias": torch.zeros(2)}, ValueError, r"bias must have shape \[I\] = \(3,\), got \(2,\)"),
     ({"exclude": torch.zeros(3, 3).to_sparse_csr()}, ValueError, r"exclude as sparse_csr must have shape \[B, I\] = \(2, 3\), got \(3, 3\)"),
+    ({"exclude": unchecked_csr([0, 2], [0, 1])}, ValueError, r"exclude as sparse_csr must have B \+ 1 = 3 row pointers, got \(2,\)"),
+    ({"exclude": unchecked_csr([0, 2, 1], [0, 1])}, ValueError, ROWS),
+    ({"exclude": unchecked_csr([1, 1, 2], [0, 1])}, ValueError, ROWS),
+    ({"exclude": unchecked_csr([0, 1, 1], [0, 1])}, ValueError, ROWS),
+    ({"exclude": unchecked_csr([0, 1, 300], [0, 1])}, ValueError, ROWS),
+    ({"exclude": unchecked_csr([0, -5, 2], [0, 1])}, ValueError, ROWS),
     ({"target": torch.tensor([0, 3])}, IndexError, "target must hold item ids in 0…2, got 3"),
     ({"target": torch.tensor([-5, 0])}, IndexError, "target must hold item ids in 0…2, got -5"),
     ({"items": torch.zeros(0, 4)}, IndexError, "target must hold item ids in an empty catalogue, which has none, got 1"),

@@ -10,7 +10,6 @@ from catalogue_cases import (
     EVERY_CHECK,
     LOGITS,
     NAN,
-    LargestTemporary,
     cross_entropy,
     cross_entropy_arguments,
     doubly_differentiated,
@@ -21,6 +20,7 @@ from catalogue_cases import (
     with_leaves,
 )
 from conformance import catalogue as suite
+from memory import LargestTemporary
 from torch import Tensor
 
 import seqrec_fast as sf

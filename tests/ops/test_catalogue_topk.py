@@ -13,7 +13,6 @@ from catalogue_cases import (
     INFINITY,
     LOGITS,
     NAN,
-    LargestTemporary,
     cut_small,
     gradients,
     ids_below,
@@ -22,6 +21,7 @@ from catalogue_cases import (
     with_leaves,
 )
 from conformance import catalogue as suite
+from memory import LargestTemporary
 from torch import Tensor
 
 import seqrec_fast as sf

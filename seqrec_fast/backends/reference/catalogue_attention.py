@@ -94,7 +94,7 @@ def backward(
         for shape, wanted in (
             (query.shape, needs_query),
             (keys.shape, output_mask[1]),
-            (table.shape, output_mask[2] if values is not None else output_mask[1]),
+            (table.shape, output_mask[2] and values is not None),
             (keys.shape[:1], output_mask[4]),
         )
     )

@@ -1,0 +1,196 @@
+"""``workspace_bytes``: what a call of a catalogue operator takes beside its arguments and results, told before the call.
+
+The scan's buffers follow the tile, not the catalogue: nothing here is B×I. What does follow the arguments is what is made of them:
+a copy of the queries, sorted exclusion pairs, a vector of I flags, and fp32 sums of a 16-bit gradient.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _dispatch
+from ._dispatch import Spec
+from ._logits import is_csr, wide_dtype
+from .backends.reference import _scan
+from .backends.reference._scan import Plan
+from .backends.reference._targets import PAIRS
+
+OPERATORS = ("catalogue_attention", "catalogue_cross_entropy", "catalogue_rank", "catalogue_topk")
+# Bytes for each (row, item) pair of an exclusion list: row and item as int64 before and after sorting, the cell they are
+# sorted by, its order, and what these are made from.
+PAIR_BYTES = 12 * 8
+# Buffers of scores that a ranking holds at most, in units of the fp64 scores: these and the same summed in order, two comparisons
+# of one byte each, and, where all scores are equal, every pair as row, item, score, bound and rounded value.
+RANKING_BUFFERS = 10
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What the workspace depends on."""
+
+    operator: str
+    rows: int  # B
+    items: int  # I
+    width: int  # d, of one head
+    value_width: int  # d_v, of one head
+    heads: int
+    dtype: torch.dtype
+    pairs: int  # excluded (row, item) pairs, padding included
+    targets: int
+    candidates: int  # negatives and targets a row; 0 for the full softmax
+    own_candidates: bool
+    k: int
+    bias: bool
+    gradient: bool
+
+
+def workspace_bytes(op_name: str, *args: Any, **options: Any) -> int:
+    """The most memory, in bytes, that a call takes beside its arguments and results while it runs.
+
+    Only shapes, dtypes and devices are looked at, so tensors on the ``meta`` device will do (they are taken for CPU tensors). Where
+    a tensor asks for a gradient the backward is included, and what the forward keeps for it. An upper bound for finite numbers;
+    a table that holds NaN or ±∞ takes a few more buffers of the size of a tile.
+
+    Args:
+        op_name: ``"catalogue_attention"``, ``"catalogue_cross_entropy"``, ``"catalogue_rank"`` or ``"catalogue_topk"``.
+        args, options: as the call takes them.
+
+    Raises:
+        ValueError: another operator.
+        TypeError: arguments that the operator does not take.
+        BackendUnavailable: the backend in force by ``use_backend`` cannot run the call.
+
+    Example:
+        >>> import torch, seqrec_fast as sf
+        >>> query, items = torch.empty(4096, 64, device="meta"), torch.empty(10**7, 64, device="meta")
+        >>> sf.workspace_bytes("catalogue_topk", query, items, 100) < 4096 * 10**7 * 4 // 1000
+        True
+    """
+    if op_name not in OPERATORS:
+        raise ValueError(f"workspace_bytes: unknown operator {op_name!r}; known are {', '.join(OPERATORS)}")
+    function = getattr(importlib.import_module(f"seqrec_fast.ops.{op_name}"), op_name)
+    try:
+        bound = inspect.signature(function).bind(*args, **options)
+    except TypeError as error:
+        raise TypeError(f"{op_name}: {error}") from None
+    bound.apply_defaults()
+    given = bound.arguments
+    call = _describe(op_name, given)
+    device = given["query"].device.type
+    # By the options that a backend may refuse; the others do not decide.
+    names = frozenset(name for name in ("bias", "exclude") if given[name] is not None)
+    spec = Spec(op_name, "cpu" if device == "meta" else device, call.dtype, (int(given["query"].shape[-1]),), names)
+    if _dispatch.choose(spec) == "native":
+        return _native_rank(call)
+    forward = _reference(call)
+    return forward + _backward(call) if call.gradient else forward
+
+
+def _describe(operator: str, given: dict[str, Any]) -> _Call:
+    query: Tensor = given["query"]
+    items: Tensor = given["keys" if operator == "catalogue_attention" else "items"]
+    heads = int(given.get("num_heads", 1))
+    values: Tensor = items if given.get("values") is None else given["values"]
+    rows = math.prod(query.shape[:-1])
+    target, negatives, scale = given.get("target"), given.get("negatives"), given["scale"]
+    targets = 0 if target is None else _entries(target)
+    candidates = 0
+    if negatives is not None:
+        candidates = int(negatives.shape[-1]) + (1 if targets <= rows else math.ceil(targets / max(rows, 1)))
+    floating = (query, items, values, given["bias"], scale)
+    return _Call(
+        operator, rows, int(items.shape[0]), int(query.shape[-1]) // heads, int(values.shape[1]) // heads, heads, query.dtype,
+        pairs=0 if given["exclude"] is None else _entries(given["exclude"]),
+        targets=targets,
+        candidates=candidates,
+        own_candidates=negatives is not None and negatives.dim() > 1,
+        k=int(given.get("k", 0)),
+        bias=given["bias"] is not None,
+        gradient=torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in floating),
+    )  # fmt: skip
+
+
+def _entries(ids: Tensor) -> int:
+    return int(ids.col_indices().numel() if is_csr(ids) else ids.numel())
+
+
+def _scan_bytes(call: _Call, plan: Plan, size: int) -> int:
+    """What a :class:`Scan` owns, and what its chunks are made of, with numbers of ``size`` bytes."""
+    rows, chunk, width = plan.block_rows, plan.chunk_items, call.width
+    scores = (rows * chunk + 1) * size
+    queries = call.rows * (3 * width + 8) * size
+    # The vectors in the wide dtype, those of the chunk before, and with them the columns for bias and shift.
+    copies = chunk * (width + 2) * size * (3 if wide_size(call) != size or call.dtype.itemsize != size else 1)
+    flags = call.items * (2 * size + 2) if call.bias else 2 * call.items if call.pairs else 0
+    return scores + queries + copies + flags + PAIR_BYTES * (call.pairs + call.targets)
+
+
+def wide_size(call: _Call) -> int:
+    return wide_dtype(call.dtype).itemsize
+
+
+def _plan(call: _Call) -> Plan:
+    least = 2 * min(call.k, call.items) if call.k else 1
+    return Plan(call.rows, call.items, call.width, least_items=least)
+
+
+def _reference(call: _Call) -> int:
+    plan = _plan(call)
+    if call.operator in ("catalogue_rank", "catalogue_topk"):
+        scores = plan.block_rows * plan.chunk_items * 8
+        best = 0
+        if call.k:
+            kept = min(call.k, call.items)
+            best = call.rows * (call.k + kept) * 12 + 4 * plan.block_rows * (plan.chunk_items + 2 * kept) * 8
+        return _scan_bytes(call, plan, 8) + (RANKING_BUFFERS - 1) * scores + best + 64 * call.rows
+    size = wide_size(call)
+    if call.candidates:
+        return _sampled_bytes(call, size)
+    sums = call.rows * (4 * call.value_width + 16) * size
+    values = plan.chunk_items * call.value_width * size * (2 if call.dtype.itemsize != size else 0)
+    return _scan_bytes(call, plan, size) + sums + values
+
+
+def _sampled_bytes(call: _Call, size: int) -> int:
+    """A block of rows: scores and masks of its candidates, and their vectors where they are each row's own."""
+    own = call.candidates if call.own_candidates else 1
+    most = min(_scan.SCORES // max(call.candidates, 1), _scan.CHUNK_NUMBERS // max(own * call.width, 1))
+    block = max(1, min(call.rows, most))
+    vectors = (block * own + call.candidates) * call.width * size
+    bias = 2 * call.items * size if call.bias else 0
+    lists = PAIR_BYTES * (call.pairs + call.targets)
+    return 16 * block * call.candidates * max(size, 8) + 6 * vectors + 6 * call.rows * call.width * size + bias + lists
+
+
+def _backward(call: _Call) -> int:
+    """Beyond the forward's buffers: another buffer of scores, and wide sums of the gradients of 16-bit tables."""
+    if call.operator == "catalogue_rank":
+        return 0
+    size = wide_size(call)
+    kept = (
+        call.rows * (call.width + call.value_width) * call.heads * size
+    )  # the saved context, and the query's direction
+    widths = (call.width + call.value_width) * call.heads
+    sums = 0 if call.dtype.itemsize == size else call.items * (widths + 1) * size  # otherwise they are the results
+    if call.operator == "catalogue_topk":
+        pairs = min(call.rows * call.k, max(PAIRS, call.k))
+        return kept + sums + 3 * pairs * call.width * size
+    if call.candidates:
+        touched = call.targets + call.rows * call.candidates if call.own_candidates else call.targets + call.candidates
+        return kept + sums + 4 * touched * (call.width + 2) * size
+    plan = _plan(call)
+    return kept + sums + (plan.block_rows * plan.chunk_items + plan.chunk_items * (call.width + 2)) * size
+
+
+def _native_rank(call: _Call) -> int:
+    """Each thread packs a group of queries (512 KiB) and a chunk of items (64 KiB, and as much in fp64); csrc/catalogue/scan.h."""
+    group = min(call.rows + 64, max((1 << 19) // (4 * max(call.width, 1)), 64))
+    scratch = group * (4 * call.width + 48) + (1 << 18) + 2048 * call.width
+    return torch.get_num_threads() * scratch + call.rows * 24 + call.pairs * 16

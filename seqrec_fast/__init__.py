@@ -16,7 +16,7 @@ from ._cache import clear_cache
 from ._dispatch import BackendUnavailable, use_backend
 from ._explain import explain
 from ._workspace import workspace_bytes
-from .nn import GRU, LSTM, GRUCell, LSTMCell
+from .nn import GRU, LSTM, CatalogueAttention, CatalogueCrossEntropyLoss, GRUCell, LSTMCell
 from .ops.catalogue_attention import catalogue_attention
 from .ops.catalogue_cross_entropy import catalogue_cross_entropy
 from .ops.catalogue_rank import catalogue_rank
@@ -29,14 +29,15 @@ from .ops.lstm_step import lstm_step
 
 if TYPE_CHECKING:
     from . import data, models, testing, training
+    from .index import CatalogueIndex
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "GRU", "LSTM", "BackendUnavailable", "GRUCell", "LSTMCell", "__version__", "catalogue_attention",
-    "catalogue_cross_entropy", "catalogue_rank", "catalogue_topk", "clear_cache", "data", "explain", "gru", "gru_step",
-    "lstm", "lstm_embedding", "lstm_step", "models", "nn", "testing", "training", "use_backend",
-    "workspace_bytes",
+    "GRU", "LSTM", "BackendUnavailable", "CatalogueAttention", "CatalogueCrossEntropyLoss", "CatalogueIndex",
+    "GRUCell", "LSTMCell", "__version__", "catalogue_attention", "catalogue_cross_entropy", "catalogue_rank",
+    "catalogue_topk", "clear_cache", "data", "explain", "gru", "gru_step", "lstm", "lstm_embedding", "lstm_step",
+    "models", "nn", "testing", "training", "use_backend", "workspace_bytes",
 ]  # fmt: skip
 
 _ON_FIRST_USE = ("data", "models", "testing", "training")
@@ -45,8 +46,10 @@ _ON_FIRST_USE = ("data", "models", "testing", "training")
 def __getattr__(name: str) -> Any:
     if name in _ON_FIRST_USE:
         return importlib.import_module(f"seqrec_fast.{name}")
+    if name == "CatalogueIndex":  # needs safetensors, which no operator does
+        return importlib.import_module("seqrec_fast.index").CatalogueIndex
     raise AttributeError(f"module 'seqrec_fast' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_ON_FIRST_USE})
+    return sorted({*globals(), *_ON_FIRST_USE, "CatalogueIndex"})

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from .catalogue import CatalogueAttention, CatalogueCrossEntropyLoss
 from .cells import GRUCell, LSTMCell
 from .recurrent import GRU, LSTM
 
-__all__ = ["GRU", "LSTM", "GRUCell", "LSTMCell"]
+__all__ = ["GRU", "LSTM", "CatalogueAttention", "CatalogueCrossEntropyLoss", "GRUCell", "LSTMCell"]

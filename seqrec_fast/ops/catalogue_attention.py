@@ -118,12 +118,21 @@ def _check(query: Tensor, keys: Tensor, values: Tensor | None, num_heads: int) -
             raise ValueError(
                 f"{NAME}: values must have shape [I, d_v] with I = {keys.shape[0]}, got {tuple(values.shape)}"
             )
-    _catalogue.check_int(NAME, "num_heads", num_heads)
-    if num_heads < 1:
-        raise ValueError(f"{NAME}: num_heads must be at least 1, got {num_heads}")
+    check_num_heads(num_heads)
     for name, width in (("query", query.shape[-1]), ("values", query.shape[-1] if values is None else values.shape[1])):
         if width % num_heads:
             raise ValueError(f"{NAME}: the width of {name}, {width}, must be a multiple of num_heads = {num_heads}")
+
+
+def check_num_heads(num_heads: int) -> None:
+    """A positive int.
+
+    Raises:
+        TypeError, ValueError.
+    """
+    _catalogue.check_int(NAME, "num_heads", num_heads)
+    if num_heads < 1:
+        raise ValueError(f"{NAME}: num_heads must be at least 1, got {num_heads}")
 
 
 # Wiring. Raw arguments: query, keys, values, num_heads, 5 of the LogitSpec, precision.

@@ -156,7 +156,7 @@ def catalogue_cross_entropy(
     _catalogue.check_matrices(NAME, query, items)
     dtypes = _catalogue.autocast_dtypes(query.device, query.dtype)
     logits = LogitSpec.build(NAME, query, items, scale=scale, bias=bias, exclude=exclude, float_dtypes=dtypes)
-    _check_options(reduction, label_smoothing, skip_mass, ignore_index)
+    check_options(reduction, label_smoothing, skip_mass, ignore_index)
     targets = _targets(query, items, target, target_weights, ignore_index, dtypes)
     _check_vector_options(query, items, smoothing_prior, negatives, negatives_log_q, dtypes)
     _catalogue.refuse_gradient(
@@ -207,7 +207,12 @@ def _reduce(loss: Tensor, valid: Tensor, reduction: str) -> Tensor:
     return total if reduction == "sum" else total / valid.sum().clamp_min(1)
 
 
-def _check_options(reduction: str, label_smoothing: float, skip_mass: float, ignore_index: int) -> None:
+def check_options(reduction: str, label_smoothing: float, skip_mass: float, ignore_index: int) -> None:
+    """The options that are no tensors.
+
+    Raises:
+        TypeError, ValueError.
+    """
     if reduction not in REDUCTIONS:
         raise ValueError(f"{NAME}: reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
     for name, value in (("label_smoothing", label_smoothing), ("skip_mass", skip_mass)):

@@ -141,7 +141,12 @@ def csr_parts(operator: str, name: str, matrix: Tensor, query: Tensor, num_items
         raise ValueError(
             f"{operator}: {name} as sparse_csr must have shape [B, I] = ({rows}, {num_items}), got {tuple(matrix.shape)}"
         )
-    return matrix.col_indices(), matrix.crow_indices()
+    ids, crow = matrix.col_indices(), matrix.crow_indices()
+    if crow.shape != (rows + 1,):  # torch builds a matrix without a look at its indices
+        raise ValueError(
+            f"{operator}: {name} as sparse_csr must have B + 1 = {rows + 1} row pointers, got {tuple(crow.shape)}"
+        )
+    return ids, crow
 
 
 def is_csr(value: object) -> bool:
@@ -197,11 +202,28 @@ def check_ids(operator: str, name: str, ids: Tensor, num_items: int, *, padding:
         raise IndexError(f"{operator}: {name} must hold item ids in {range_}{extra}, got {wrong}")
 
 
+def check_crow(operator: str, name: str, ids: Tensor, crow: Tensor | None) -> None:
+    """Row pointers, where there are any, cut ``ids`` into rows.
+
+    Raises:
+        ValueError: they do not rise from 0 to the number of ids.
+    """
+    if crow is None:
+        return
+    bounds = crow.new_tensor([0, ids.shape[0]])
+    if not torch.equal(crow[[0, -1]], bounds) or bool((crow.diff() < 0).any()):
+        raise ValueError(
+            f"{operator}: {name} is not a valid sparse_csr matrix: its row pointers must rise from 0 to {ids.shape[0]}"
+        )
+
+
 def check_exclusion(operator: str, logits: LogitSpec, num_items: int) -> None:
     """The ids of ``exclude`` are in range.
 
     Raises:
         IndexError: one is not.
+        ValueError: the row pointers of a sparse matrix do not cut its ids into rows.
     """
     if logits.exclude is not None and logits.exclude.device.type == "cpu":
+        check_crow(operator, "exclude", logits.exclude, logits.exclude_crow)
         check_ids(operator, "exclude", logits.exclude, num_items, padding=logits.exclude_crow is None)

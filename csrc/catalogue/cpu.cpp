@@ -136,10 +136,14 @@ struct Arguments {
     check_value(exclude->dim() == 1 && exclude_crow->dim() == 1 && exclude_crow->size(0) == rows + 1,
                 "catalogue_rank: exclude in CSR form needs B + 1 row pointers");
     const Tensor crow = torch::stable::contiguous(*exclude_crow);
+    const int64_t ids = exclude->size(0);
     int64_t former = 0;
     for (int64_t r = 0; r <= rows; ++r) {
       const int64_t here = integer(crow.const_data_ptr(), is_64(crow), r);
-      check_value(here >= former && here <= exclude->size(0), "catalogue_rank: exclude is not a valid CSR matrix");
+      const bool rises = r == 0 ? here == 0 : here >= former && (r < rows ? here <= ids : here == ids);
+      check_value(rises,
+                  "catalogue_rank: exclude is not a valid sparse_csr matrix: its row pointers must rise from 0 to ",
+                  ids);
       former = here;
     }
   }

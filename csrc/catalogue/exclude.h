@@ -23,7 +23,7 @@ QuickQuery quick_query(const RankCall& call, int64_t row, double goal, float* to
   if constexpr (!kIsDouble<T>) {
     const T* query = row_of<T>(call.query, row);
     const double scale = call.scale * row_scale_of<T>(call, row);
-    bool usable = call.width <= kScanWidth && call.items.column_stride == 1;
+    bool usable = call.width <= kScanWidth && call.items.column_stride == 1 && folds<T>(call, row);
     for (int64_t k = 0; k < call.width; ++k) {
       const double x = static_cast<double>(value(query[k * call.query.column_stride])) * scale;
       // Rounding a denormal is not relative. (A comparison with NaN is false.)

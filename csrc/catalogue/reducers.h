@@ -39,6 +39,13 @@ SEQREC_INLINE float next_up(float x) { return __builtin_nextafterf(x, __builtin_
 SEQREC_INLINE float next_down(float x) { return __builtin_nextafterf(x, -__builtin_inff()); }
 SEQREC_INLINE double magnitude(double x) { return __builtin_fabs(x); }
 
+// Whether the factors of a row may be multiplied into its query before the products are summed: a large or infinite one
+// (or NaN) would make another sum of it.
+template <class T>
+SEQREC_INLINE bool folds(const RankCall& call, int64_t row) {
+  return magnitude(call.scale) <= kNormLimit && magnitude(row_scale_of<T>(call, row)) <= kNormLimit;
+}
+
 SEQREC_INLINE double relative_band(int64_t width) { return 1.05 * (static_cast<double>(width) + 6.0) * 0x1p-24; }
 
 // norm: |q'|, at most 2^60. goal: a float's value, or -inf.

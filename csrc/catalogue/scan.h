@@ -135,6 +135,7 @@ struct Task {
   double query_norm(int64_t index) const {
     if constexpr (kIsDouble<T>) return __builtin_inf();
     const int64_t row = call.rows[index];
+    if (!folds<T>(call, row)) return __builtin_inf();
     const T* query = row_of<T>(call.query, row);
     double squares = 0.0;
     for (int64_t k = 0; k < call.width; ++k) {

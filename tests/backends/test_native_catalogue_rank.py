@@ -191,6 +191,16 @@ def test_everything_excluded(shared: bool, tier: int) -> None:
     assert case.native().tolist() == [0] * 9
 
 
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), 1e308])
+def test_excluded_items_of_a_score_that_is_nan(scale: float, tier: int) -> None:
+    """They rank nowhere, so there is nothing to take off the count. Of width 0, only the scale tells."""
+    for width in (0, 5):
+        case = replace(random_case(3, 6, width), scale=scale, exclude=torch.randint(0, 6, (3, 4)))
+        check(case)
+        check(replace(case, scale=1.0, row_scale=torch.tensor([scale, 1.0, 0.0])))
+        check(replace(case, query=case.query * 1e3, row_scale=torch.tensor([0.0, 1e-30, 2.0])))
+
+
 def test_no_exclusion_in_empty_lists(tier: int) -> None:
     case = random_case(4, 50, 6)
     for exclude in (torch.empty(4, 0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)):

@@ -13,6 +13,8 @@ OK: dict[str, Any] = {"query": torch.zeros(2, 4), "items": torch.zeros(3, 4), "t
 IDS = torch.zeros(2, 2, dtype=torch.int64)
 CSR = torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 1.0]]).to_sparse_csr()
 FLOAT = torch.zeros(2, 2)
+BAD_CSR = torch.sparse_csr_tensor(torch.tensor([0, 2, 1]), torch.tensor([0, 1]), torch.ones(2), (2, 3), check_invariants=False)  # fmt: skip
+BAD_ROWS = "is not a valid sparse_csr matrix: its row pointers must rise from 0 to 2"
 
 TYPES: list[tuple[dict[str, Any], str]] = [
     ({"query": None}, "query must be a tensor, got NoneType"),
@@ -44,6 +46,10 @@ VALUES: list[tuple[dict[str, Any], str]] = [
     ({"target": torch.zeros(3, 2).long()}, r"target must have shape \[...\] or \[..., P\] with the query's leading dimensions \(2,\), got \(3, 2\)"),
     ({"target": torch.tensor([0, 1], device="meta")}, r"target must be on the query's device \(cpu\), got meta"),
     ({"target": torch.eye(2).to_sparse_csr()}, r"target as sparse_csr must have shape \[B, I\] = \(2, 3\), got \(2, 2\)"),
+    ({"target": BAD_CSR}, f"target {BAD_ROWS}"),
+    ({"target": BAD_CSR, "negatives": IDS}, f"target {BAD_ROWS}"),
+    ({"exclude": BAD_CSR}, f"exclude {BAD_ROWS}"),
+    ({"exclude": BAD_CSR, "negatives": IDS}, f"exclude {BAD_ROWS}"),
     ({"target_weights": torch.ones(2)}, r"target_weights needs several targets a row, target \[..., P\]; got target \(2,\). Row weights: use reduction=\"none\""),
     ({"target": IDS, "target_weights": torch.ones(2)}, r"target_weights must have the shape of the targets \(2, 2\), got \(2,\)"),
     ({"target": CSR, "target_weights": torch.ones(2)}, r"target_weights must have the shape of the targets \(3,\), got \(2,\)"),

@@ -140,10 +140,11 @@ def test_a_query_of_nan_ranks_nothing(backend: str) -> None:
 @pytest.mark.parametrize("scale", [INFINITY, -INFINITY, NAN, 1e308, torch.tensor([INFINITY, NAN, 1.0, 0.0])], ids=str)
 def test_the_scale_multiplies_the_sum_and_not_the_query(backend: str, scale: float | Tensor) -> None:
     """∞·(a + b) where ∞·a + ∞·b would be NaN; 1e308·(a + b) where 1e308·a would overflow."""
-    query, items = normal(4, 9).float() * 10, normal(7, 9).float() * 10
     with sf.use_backend(backend):
-        for target in range(7):
-            assert_is_naive(query=query, items=items, target=torch.full((4,), target), scale=scale)
+        for width in (0, 9):
+            query, items = normal(4, width).float() * 10, normal(7, width).float() * 10
+            for target in range(7):
+                assert_is_naive(query=query, items=items, target=torch.full((4,), target), scale=scale)
 
 
 @both_backends

@@ -6,7 +6,8 @@ pairs whose score is not within its error of the value they are compared with, a
 
 Error of the product. Any order of summation, fused or not, of d products errs by at most γ_d·Σ|q_k·v_k| ≤ γ_d·‖q‖·‖v‖ with
 γ_d = d·u/(1 − d·u), u = 2⁻⁵³ (Higham 2002, section 3.1), and so do the scale and the bias that the scan folds into the product
-with a few u more. Both this product and the sum in order err, hence 2·(d + 8)·u·(|scale|·‖q‖·‖v‖ + |bias|).
+with a few u more. Both this product and the sum in order err, hence 2·(d + 8)·u·(|scale|·‖q‖·‖v‖ + |bias|). Numbers of fp32 and
+smaller formats cannot overflow in fp64, but a scale folded into them can; then every score is summed in order.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from ._scan import Block, Chunk, Exclusion, Plan, Scan, dead_items
 
 # Pairs that are summed in order at a time: their vectors are gathered.
 GATHERED_NUMBERS = 1 << 22
+# |q|, |v| < 2^128 and d < 2^60: up to this scale a folded product stays finite.
+LARGEST_FOLDED_SCALE = 2.0**600
 # Above this share of a buffer, summing the whole of it in order is cheaper than gathering.
 DENSE_SHARE = 1 / 16
 
@@ -93,7 +96,9 @@ class RankingScan:
     ) -> None:
         self.plan = plan
         self.exact = Exact(query, items, logits)
-        self.in_order = (query.dtype == torch.float64 or query.device.type != "cpu") if in_order is None else in_order
+        if in_order is None:
+            in_order = query.dtype == torch.float64 or query.device.type != "cpu" or _scale_overflows(logits)
+        self.in_order = in_order
         self.scan = Scan(query, items, logits, plan, Exclusion(logits, plan), dtype=torch.float64)
         norms: Tensor = self.scan.query.norm(dim=1)  # [B]
         self._norms = torch.where(torch.isfinite(norms), norms, 0.0)
@@ -140,6 +145,15 @@ class RankingScan:
         if len(unsure):
             value[unsure] = self.exact.pairs(rows[unsure] + block.start, places[unsure] + chunk.span.start)
         return value
+
+
+def _scale_overflows(logits: LogitSpec) -> bool:
+    """Whether a sum of scaled products may differ from the scaled sum by ±∞ or NaN. CPU only: it looks at values."""
+    largest = abs(logits.scale)
+    if logits.row_scale is not None and logits.row_scale.numel():
+        of_rows = float(logits.row_scale.double().abs().nan_to_num(nan=float("inf"), posinf=float("inf")).max())
+        largest = max(largest, of_rows, largest * of_rows)
+    return not largest <= LARGEST_FOLDED_SCALE
 
 
 def neighbours(values: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..._logits import LogitSpec, check_exclusion, check_ids, wide_dtype
+from ..._logits import LogitSpec, check_crow, check_exclusion, check_ids, wide_dtype
 from ._scan import Exclusion, Pairs, Plan, Scan, add_product, all_finite, plain_arithmetic, scaled_query
 from ._softmax import Softmax, softmax_scan
 from ._targets import PAIRS, Smoothing, Targets, live_weight, mean_target_vectors, take_rows
@@ -76,9 +76,11 @@ def check_targets(operator: str, target: Tensor, crow: Tensor | None, ignore_ind
 
     Raises:
         IndexError: one does not.
+        ValueError: the row pointers of a sparse matrix do not cut its ids into rows.
     """
     if target.device.type != "cpu":
         return
+    check_crow(operator, "target", target, crow)
     if target.dim() == 1 and crow is None:
         target = target[target != ignore_index]
     check_ids(operator, "target", target, num_items, padding=target.dim() == 2)

@@ -111,7 +111,15 @@ def check_vector(operator: str, name: str, tensor: Tensor, query: Tensor, dtypes
         raise TypeError(f"{operator}: {name} must be a tensor, got {type(tensor).__name__}")
     if tensor.dtype not in dtypes:
         raise TypeError(f"{operator}: {name} must have the query's dtype ({query.dtype}), got {tensor.dtype}")
+    check_strided(operator, name, tensor)
     check_device(operator, name, tensor, query)
+
+
+def check_strided(operator: str, name: str, tensor: Tensor) -> None:
+    """Neither sparse nor nested, nor in some library's own layout."""
+    if tensor.layout != torch.strided or tensor.is_nested:
+        kind = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
+        raise TypeError(f"{operator}: {name} must be a dense tensor, got {kind}")
 
 
 def check_device(operator: str, name: str, tensor: Tensor, query: Tensor) -> None:
@@ -126,6 +134,7 @@ def check_id_tensor(operator: str, name: str, ids: object, query: Tensor, dtypes
     if ids.dtype not in dtypes:
         names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"{operator}: {name} must be {names}, got {ids.dtype}")
+    check_strided(operator, name, ids)
     check_device(operator, name, ids, query)
 
 

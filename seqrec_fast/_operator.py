@@ -56,6 +56,7 @@ class Operator:
             raise KeyError(f"{name} has no schema in seqrec_fast/_schema.py")
         self.name = name
         self.describe = describe
+        self.fake = fake
         self.function: Any = None
         self._apply: Any = None
         self.public = getattr(torch.ops.seqrec_fast, name).default
@@ -93,6 +94,8 @@ class Operator:
     def run(self, *args: Any, forced: str | None = None) -> Any:
         """Choose a backend and call it. ``forced``: the backend in force in the forward this is the backward of."""
         spec = self.describe(*args)
+        if spec.device == "meta":
+            return self.fake(*args)  # shapes alone, whatever the backend in force
         backend = _dispatch.choose(spec) if forced is None else _dispatch.choose_forced(spec, forced)
         return self._backends[backend](*args)
 

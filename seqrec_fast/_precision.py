@@ -1,4 +1,4 @@
-"""The one place that reads torch's switch for the precision of fp32 matrix products."""
+"""The one place that reads torch's switches for the precision of matrix products."""
 
 from __future__ import annotations
 
@@ -20,6 +20,11 @@ class Precision(IntEnum):
 
 
 _BY_NAME = {"highest": Precision.HIGHEST, "high": Precision.HIGH, "medium": Precision.MEDIUM}
+
+
+def autocast_enabled(device_type: str) -> bool:
+    """Whether autocast is on for a type of device. On meta tensors torch has none, and does not want to be asked."""
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
 def current_precision() -> int:

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from .._precision import autocast_enabled
 from ..ops.gru_step import gru_step
 from ..ops.lstm_step import lstm_step
 
@@ -53,7 +54,7 @@ class _Cell(nn.RNNCellBase):
     def _step_again(self, step: Any, input: Tensor, state: tuple[Tensor, ...], error: Exception) -> Any:
         """After a refusal: with re-parametrised weights, under autocast, or with torch.nn's type of exception."""
         tensors: list[Any] = [input, *state, *self._weights()]
-        autocast = isinstance(input, Tensor) and torch.is_autocast_enabled(input.device.type)
+        autocast = isinstance(input, Tensor) and autocast_enabled(input.device.type)
         if autocast:
             dtype = torch.get_autocast_dtype(input.device.type)
             tensors = [t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t for t in tensors]

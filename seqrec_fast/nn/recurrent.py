@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from .._logits import check_strided
+from .._precision import autocast_enabled
 from ..ops import gru as gru_operator
 from ..ops import lstm as lstm_operator
 from ..ops._recurrent import Layer, States, sequence, zero_states
@@ -162,9 +164,10 @@ class _Recurrent(nn.RNNBase):
         data = input.data if packed else input
         if not isinstance(data, Tensor):
             raise TypeError(f"{name}: input must be a tensor or a PackedSequence, got {type(input).__name__}")
+        check_strided(name, "input", data)
         if not packed and data.dim() not in (2, 3):
             raise ValueError(f"{name}: Expected input to be 2D or 3D, got {data.dim()}D instead")
-        autocast = torch.is_autocast_enabled(data.device.type)
+        autocast = autocast_enabled(data.device.type)
         if data.dtype != weight.dtype and not (autocast and data.is_floating_point()):
             raise ValueError(f"{name}: input dtype ({data.dtype}) does not match weight dtype ({weight.dtype})")
         if data.device != weight.device:
@@ -202,7 +205,7 @@ class _Recurrent(nn.RNNBase):
         weights = self.cell_weights()
         steps = x[None] if x.dim() == 1 or not self.batch_first else x[:, None]  # a sequence of one step
         self._check(steps, state, weights[0].w_hh)
-        special = self.layer_norm or self.zoneout or torch.is_autocast_enabled(x.device.type) or self.options().draws
+        special = self.layer_norm or self.zoneout or autocast_enabled(x.device.type) or self.options().draws
         if special:
             output, finals = sequence(self.operator, type(self).layer, steps, state, weights, self.options())
             return output.squeeze(0 if x.dim() == 1 or not self.batch_first else 1), finals

@@ -12,6 +12,7 @@ from torch import Tensor
 from .._dispatch import Spec, use_backend
 from .._logits import check_id_tensor, wide_dtype
 from .._operator import Operator, transforms_active
+from .._precision import autocast_enabled
 from ..backends.reference._derivatives import Formula
 from ._checks import check_floating
 
@@ -23,7 +24,7 @@ def check_is_tensor(operator: str, name: str, value: object) -> None:
 
 def autocast_dtypes(device: torch.device, dtype: torch.dtype) -> tuple[torch.dtype, ...]:
     """What floating options may be beside tensors of ``dtype`` (after autocast): wide too where autocast is on."""
-    return (dtype, torch.float32) if torch.is_autocast_enabled(device.type) and dtype != torch.float64 else (dtype,)
+    return (dtype, torch.float32) if autocast_enabled(device.type) and dtype != torch.float64 else (dtype,)
 
 
 def autocast(operator: str, **tensors: Tensor | None) -> tuple[Any, ...]:
@@ -32,7 +33,7 @@ def autocast(operator: str, **tensors: Tensor | None) -> tuple[Any, ...]:
         if tensor is not None:
             check_is_tensor(operator, name, tensor)
     kind = next((tensor.device.type for tensor in tensors.values() if tensor is not None), "cpu")
-    if not torch.is_autocast_enabled(kind):
+    if not autocast_enabled(kind):
         return tuple(tensors.values())
     dtype = torch.get_autocast_dtype(kind)
 

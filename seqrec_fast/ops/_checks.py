@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._logits import check_strided
+
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -17,19 +19,23 @@ def describe(value: object) -> str:
     return f"{type(value).__name__} {value!r}"
 
 
-def check_floating(operator: str, **tensors: Tensor | None) -> None:
-    """All given tensors are tensors, of one floating dtype and on one device.
+def given(**tensors: Tensor | None) -> dict[str, Tensor]:
+    """Those that are not None: what of the optional arguments there is to check."""
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+
+def check_floating(operator: str, **tensors: Tensor) -> None:
+    """All are dense tensors, of one floating dtype and on one device.
 
     Raises:
-        TypeError: something else than a tensor, an integer tensor, or two different dtypes.
+        TypeError: something else than a dense tensor, an integer tensor, or two different dtypes.
         ValueError: two different devices.
     """
     first: tuple[str, Tensor] | None = None
     for name, tensor in tensors.items():
-        if tensor is None:
-            continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{operator}: {name} must be a tensor, got {type(tensor).__name__}")
+        check_strided(operator, name, tensor)
         if first is None:
             if tensor.dtype not in FLOATS:
                 raise TypeError(f"{operator}: {name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")

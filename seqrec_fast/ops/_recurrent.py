@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from .._precision import current_precision
+from .._precision import autocast_enabled, current_precision
 from ..backends.reference._calls import SAVE_GATES, SAVE_NOTHING, SAVE_STATES, SequenceCall
 from ..backends.reference._philox import INPUT_DROPOUT, WEIGHT_DROPOUT, stream_of
 from ._random import draw_seed, keyed_dropout
@@ -176,7 +176,7 @@ def _follow_autocast(
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...] | None, Sequence[Weights], AbstractContextManager[Any]]:
     """Under autocast every floating tensor takes its dtype, as torch.nn.LSTM does; inside, casts are the operator's own business."""
     device = inputs[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not autocast_enabled(device):
         return inputs, hx, weights, nullcontext()
     dtype = torch.get_autocast_dtype(device)
     weights = [Weights._make(None if w is None else w.to(dtype) for w in cell) for cell in weights]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from .._precision import autocast_enabled
 from ._checks import check_floating, check_shape
 
 
@@ -117,8 +118,9 @@ def check_arguments(
     states = _as_states(operator, hx, len(state_names))
     named = {"input": data, **dict(zip(state_names, states or (), strict=False))}
     for k, cell in enumerate(weights):
-        named.update({f"{name} of weights (layer and direction {k})": w for name, w in cell._asdict().items()})
-    if isinstance(data, Tensor) and torch.is_autocast_enabled(data.device.type):
+        there = {n: w for n, w in cell._asdict().items() if w is not None or n in ("w_ih", "w_hh")}
+        named.update({f"{name} of weights (layer and direction {k})": w for name, w in there.items()})
+    if isinstance(data, Tensor) and autocast_enabled(data.device.type):
         for name, tensor in named.items():  # they may differ: each will take autocast's dtype
             check_floating(operator, **{name: tensor})
     else:

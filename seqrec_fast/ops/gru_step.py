@@ -13,7 +13,7 @@ from .._dispatch import Spec
 from .._operator import Operator, transforms_active
 from .._precision import current_precision
 from ..backends.reference import gru_step as reference
-from ._checks import FLOATS, check_floating, check_shape
+from ._checks import FLOATS, check_floating, check_shape, given
 
 
 def gru_step(
@@ -82,8 +82,10 @@ def _wants_gradient(*tensors: Tensor | None) -> bool:
 
 def _check(x: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None) -> None:
     dtype, device = getattr(x, "dtype", None), getattr(x, "device", None)
-    for tensor in (h, w_ih, w_hh, b_ih, b_hh):
-        if tensor is not None and (not isinstance(tensor, Tensor) or tensor.dtype != dtype or tensor.device != device):
+    for tensor in (x, h, w_ih, w_hh, *(bias for bias in (b_ih, b_hh) if bias is not None)):
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_nested:
+            break
+        if tensor.dtype != dtype or tensor.device != device:
             break
     else:
         if dtype in FLOATS and x.dim() in (1, 2) and h.dim() == x.dim():
@@ -103,7 +105,7 @@ def _explain_mismatch(
     x: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None
 ) -> None:
     """The slow half of the check: something is wrong; say what."""
-    check_floating("gru_step", x=x, h=h, w_ih=w_ih, w_hh=w_hh, b_ih=b_ih, b_hh=b_hh)
+    check_floating("gru_step", x=x, h=h, w_ih=w_ih, w_hh=w_hh, **given(b_ih=b_ih, b_hh=b_hh))
     if x.dim() not in (1, 2):
         raise ValueError(f"gru_step: x must have shape [B, I] or [I], got {tuple(x.shape)}")
     if w_ih.dim() != 2 or w_ih.shape[0] % 3:

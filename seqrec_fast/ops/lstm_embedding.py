@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import _cache
 from .._operator import transforms_active
-from .._precision import current_precision
+from .._precision import autocast_enabled, current_precision
 from ._recurrent import Layer, sequence, wants_gradient
 from ._recurrent_arguments import Options, Weights
 
@@ -101,7 +101,7 @@ def _check(ids: Tensor, table: Tensor, module: nn.RNNBase, cell: Weights) -> Non
             f"lstm_embedding: table must have shape [N, {module.input_size}] (the module's input_size), "
             f"got {tuple(table.shape)}"
         )
-    autocast = torch.is_autocast_enabled(table.device.type)
+    autocast = autocast_enabled(table.device.type)
     if table.dtype != cell.w_hh.dtype and not autocast:
         raise ValueError(f"lstm_embedding: table must have the module's dtype {cell.w_hh.dtype}, got {table.dtype}")
     if table.device != cell.w_hh.device or ids.device != table.device:
@@ -116,7 +116,7 @@ def _may_project(table: Tensor, weights: Sequence[Weights], module: nn.Module) -
         module.training
         or torch.compiler.is_compiling()
         or transforms_active()
-        or torch.is_autocast_enabled(table.device.type)
+        or autocast_enabled(table.device.type)
         or wants_gradient(table, *(w for cell in weights for w in cell))
     )
 

@@ -13,7 +13,7 @@ from .._dispatch import Spec
 from .._operator import Operator, transforms_active
 from .._precision import current_precision
 from ..backends.reference import lstm_step as reference
-from ._checks import check_floating, check_shape
+from ._checks import check_floating, check_shape, given
 
 State = tuple[Tensor, Tensor]
 
@@ -143,7 +143,7 @@ def _check(
     x: Tensor, h: Tensor, c: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None
 ) -> None:
     """One clear sentence about the first argument that does not fit."""
-    check_floating("lstm_step", x=x, h=h, c=c, w_ih=w_ih, w_hh=w_hh, b_ih=b_ih, b_hh=b_hh)
+    check_floating("lstm_step", x=x, h=h, c=c, w_ih=w_ih, w_hh=w_hh, **given(b_ih=b_ih, b_hh=b_hh))
     if x.dim() not in (1, 2):
         raise ValueError(f"lstm_step: x must have shape [B, I] or [I], got {tuple(x.shape)}")
     if w_ih.dim() != 2 or w_ih.shape[0] % 4:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..._logits import LogitSpec, wide_dtype
-from ..._precision import Precision
+from ..._precision import Precision, autocast_enabled
 
 ROW_BLOCK = 512
 SCORES = 1 << 20  # 4 MiB in fp32: 2^18 to 2^21 measured the same, fewer scores pay for more calls
@@ -43,7 +43,7 @@ class _Backend(Protocol):
 def plain_arithmetic(device: torch.device, precision: int = Precision.HIGHEST) -> Iterator[None]:
     """No autocast, and fp32 matrix products that are fp32-accurate (on CUDA: as ``precision`` says)."""
     with contextlib.ExitStack() as stack:
-        if torch.is_autocast_enabled(device.type):
+        if autocast_enabled(device.type):
             stack.enter_context(torch.autocast(device.type, enabled=False))
         products = cast(_Backend, torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn).matmul
         wanted = "tf32" if device.type == "cuda" and precision != Precision.HIGHEST else "ieee"

@@ -1,0 +1,145 @@
+"""Tensors of another kind than a strided one: meta tensors give shapes, everything else is refused in one sentence."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import seqrec_fast as sf
+
+B, D, N, H = 3, 4, 9, 5
+
+Tensors = dict[str, Any]
+
+
+def tensors() -> Tensors:
+    """One of everything, by name."""
+    shapes = {"query": (B, D), "items": (N, D), "x": (B, D), "h": (B, H), "c": (B, H), "sequence": (B, 6, D)}
+    weights = {
+        f"{op}_{name}": (gates * H, *shape)
+        for op, gates in (("lstm", 4), ("gru", 3))
+        for name, shape in (("w_ih", (D,)), ("w_hh", (H,)), ("b", ()))
+    }
+    made = {name: torch.zeros(shape) for name, shape in (shapes | weights).items()}
+    ids = {"target": torch.arange(B), "ids": torch.zeros(B, 2, dtype=torch.int64)}
+    return {**made, **ids}
+
+
+def lstm_weights(t: Tensors) -> list[Any]:
+    return [t[f"lstm_{name}"] for name in ("w_ih", "w_hh", "b", "b")]
+
+
+def gru_weights(t: Tensors) -> list[Any]:
+    return [t[f"gru_{name}"] for name in ("w_ih", "w_hh", "b", "b")]
+
+
+CALLS: dict[str, tuple[Callable[[Tensors], Any], tuple[str, ...]]] = {
+    "catalogue_rank": (lambda t: sf.catalogue_rank(t["query"], t["items"], t["target"]), ("query", "items", "target")),
+    "catalogue_topk": (lambda t: sf.catalogue_topk(t["query"], t["items"], 2).values, ("query", "items")),
+    "catalogue_attention": (lambda t: sf.catalogue_attention(t["query"], t["items"]), ("query", "items")),
+    "catalogue_cross_entropy": (
+        lambda t: sf.catalogue_cross_entropy(t["query"], t["items"], t["target"], exclude=t["ids"]),
+        ("query", "items", "target"),
+    ),
+    "sampled": (
+        lambda t: sf.catalogue_cross_entropy(t["query"], t["items"], t["target"], negatives=t["ids"]),
+        ("query", "items"),
+    ),
+    "lstm_step": (
+        lambda t: sf.lstm_step(t["x"], (t["h"], t["c"]), *lstm_weights(t))[0],
+        ("x", "h", "c", "lstm_w_ih", "lstm_w_hh"),
+    ),
+    "gru_step": (lambda t: sf.gru_step(t["x"], t["h"], *gru_weights(t)), ("x", "h", "gru_w_ih", "gru_w_hh")),
+    "lstm": (
+        lambda t: sf.lstm(t["sequence"], None, lstm_weights(t), batch_first=True)[0],
+        ("sequence", "lstm_w_ih", "lstm_w_hh"),
+    ),
+    "gru": (
+        lambda t: sf.gru(t["sequence"], None, gru_weights(t), batch_first=True)[0],
+        ("sequence", "gru_w_ih", "gru_w_hh"),
+    ),
+}
+SHAPES = {"catalogue_rank": (B,), "catalogue_topk": (B, 2), "catalogue_attention": (B, D), "lstm_step": (B, H)}
+SHAPES |= {"catalogue_cross_entropy": (), "sampled": (), "gru_step": (B, H), "lstm": (B, 6, H), "gru": (B, 6, H)}
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("name", CALLS)
+def test_meta_tensors_give_shapes(name: str, gradient: bool) -> None:
+    call, _ = CALLS[name]
+    given = {n: v.to("meta") for n, v in tensors().items()}
+    leaves = [v.requires_grad_() for v in given.values() if gradient and v.is_floating_point()]
+    result = call(given)
+    assert result.device.type == "meta"
+    assert result.shape == SHAPES[name]
+    if gradient and name != "catalogue_rank":
+        gradients = torch.autograd.grad(result.sum(), leaves, allow_unused=True)
+        shapes = [(g.shape, g.device.type) for g in gradients if g is not None]
+        assert shapes == [(v.shape, "meta") for v, g in zip(leaves, gradients, strict=True) if g is not None]
+        assert shapes
+
+
+@pytest.mark.parametrize("ours", [sf.LSTM, sf.GRU])
+def test_modules_on_meta(ours: Any) -> None:
+    with torch.device("meta"):
+        module = ours(D, H, 2, batch_first=True, bidirectional=True)
+        output, _ = module(torch.empty(B, 6, D), lengths=torch.empty(B, dtype=torch.int64))
+        assert (output.shape, output.device.type) == ((B, 6, 2 * H), "meta")
+        output.sum().backward()
+        assert all(p.grad.shape == p.shape for p in module.parameters())
+        forward = ours(D, H, batch_first=True).eval().requires_grad_(False)
+        assert forward.step(torch.empty(B, D))[0].shape == (B, H)
+        ids = torch.empty(B, 6, dtype=torch.int64)
+        assert sf.lstm_embedding(ids, torch.empty(N, D), forward)[0].shape == (B, 6, H)
+
+
+def nested(tensor: Tensor) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.nested.nested_tensor([tensor, tensor])
+
+
+# What becomes of a tensor, and how its message ends.
+KINDS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
+    "sparse": (lambda t: t.to_sparse(), "a dense tensor, got layout torch.sparse_coo"),
+    "nested": (nested, "a dense tensor, got a nested tensor"),
+    "mkldnn": (lambda t: t.to_mkldnn(), "a dense tensor, got layout torch._mkldnn"),
+    "None": (lambda t: None, "a tensor.*, got NoneType"),
+    "list": (lambda t: t.tolist(), "a tensor.*, got list"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", CALLS)
+def test_other_kinds_are_refused(name: str, kind: str) -> None:
+    call, arguments = CALLS[name]
+    change, ending = KINDS[kind]
+    for argument in arguments:
+        if kind == "mkldnn" and argument == "target":
+            continue  # there are none of integers
+        given = tensors()
+        given[argument] = change(given[argument])
+        with pytest.raises(
+            TypeError, match=rf"^{'catalogue_cross_entropy' if name == 'sampled' else name}: .* {ending}$"
+        ):
+            call(given)
+
+
+@pytest.mark.parametrize("option", ["bias", "scale", "exclude"])
+def test_sparse_options_are_refused(option: str) -> None:
+    value = {"bias": torch.zeros(N), "scale": torch.zeros(B), "exclude": torch.zeros(B, 2, dtype=torch.int64)}[option]
+    with pytest.raises(
+        TypeError, match=f"catalogue_topk: {option} must be a dense tensor, got layout torch.sparse_coo"
+    ):
+        sf.catalogue_topk(torch.zeros(B, D), torch.zeros(N, D), 2, **{option: value.to_sparse()})
+
+
+@pytest.mark.parametrize("ours", [sf.LSTM, sf.GRU])
+def test_a_module_refuses_sparse_input(ours: Any) -> None:
+    with pytest.raises(TypeError, match=f"{ours.__name__}: input must be a dense tensor, got layout torch.sparse_coo"):
+        ours(D, H)(torch.zeros(6, B, D).to_sparse())

@@ -58,7 +58,7 @@ class Operator:
         self.describe = describe
         self.fake = fake
         self.function: Any = None
-        self._apply: Any = None
+        self.apply: Any = None
         self.public = getattr(torch.ops.seqrec_fast, name).default
         self._backends = {
             "native": getattr(torch.ops.seqrec_fast_native, name).default,
@@ -86,9 +86,19 @@ class Operator:
         ``function.forward`` must return ``self.below_autograd(*args)``.
         """
         self.function = function
-        # Function.apply binds default arguments through inspect.signature first (15 µs); its base does not.
-        self._apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+        self.register_eager_function(function)
         LIBRARIES[PUBLIC].impl(self.name, function.apply, "Autograd")
+        return function
+
+    def register_eager_function(self, function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+        """Make ``function`` the gradient of the calls that nothing traces or transforms. Usable as a class decorator.
+
+        Worth having where a call takes microseconds: its ``forward(ctx, *args)`` needs no ``setup_context``, and may return None for
+        the results that only the backward reads, which autograd would otherwise wrap and make a gradient of zeros for (a third of
+        a training step at one row). It must call ``self.run``.
+        """
+        # Function.apply binds default arguments through inspect.signature first (15 µs); its base does not.
+        self.apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
         return function
 
     def run(self, *args: Any, forced: str | None = None) -> Any:
@@ -107,13 +117,18 @@ class Operator:
         return self.run(*args, forced=forced)
 
     def __call__(self, *args: Any) -> Any:
-        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        if tracing():
             return self.public(*args)
         if transforms_active():
             return self.function.apply(*args)
         if torch.is_grad_enabled() and _any_requires_grad(args):
-            return self._apply(*args)
+            return self.apply(*args)
         return self.run(*args)
+
+
+def tracing() -> bool:
+    """Whether calls are recorded: by Dynamo, or by a dispatch mode (fake tensors, make_fx, a profiler of operators)."""
+    return torch.compiler.is_compiling() or bool(torch._C._len_torch_dispatch_stack())
 
 
 def transforms_active() -> bool:

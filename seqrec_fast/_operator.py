@@ -121,7 +121,7 @@ class Operator:
             return self.public(*args)
         if transforms_active():
             return self.function.apply(*args)
-        if torch.is_grad_enabled() and _any_requires_grad(args):
+        if wants_gradient(*args):
             return self.apply(*args)
         return self.run(*args)
 
@@ -136,8 +136,11 @@ def transforms_active() -> bool:
     return bool(torch._C._are_functorch_transforms_active()) or forward_ad._current_level >= 0
 
 
-def _any_requires_grad(args: tuple[Any, ...]) -> bool:
-    for argument in args:  # noqa: SIM110  (any() over a generator costs twice as much, once per recurrent step)
+def wants_gradient(*arguments: Any) -> bool:
+    """Whether autograd must record a call with these arguments."""
+    if not torch.is_grad_enabled():
+        return False
+    for argument in arguments:  # noqa: SIM110  (any() over a generator costs twice as much, once per recurrent step)
         if isinstance(argument, torch.Tensor) and argument.requires_grad:
             return True
     return False

@@ -293,24 +293,22 @@ class CatalogueIndex:
             self._bias = bias
 
     def _check_query(self, query: Tensor) -> None:
-        if not isinstance(query, Tensor):
-            raise TypeError(f"{NAME}: query must be a tensor, got {type(query).__name__}")
-        if query.dtype != self.dtype:
-            raise TypeError(f"{NAME}: query must have the index's dtype ({self.dtype}), got {query.dtype}")
-        if query.device != self.device:
-            raise ValueError(f"{NAME}: query must be on the index's device ({self.device}), got {query.device}")
+        self._check_kind("query", query)
         if query.dim() == 0 or query.shape[-1] != self._items.shape[1]:
             raise ValueError(f"{NAME}: query must have shape [..., {self._items.shape[1]}], got {tuple(query.shape)}")
 
     def _check_like(self, name: str, tensor: Tensor, shape: tuple[int, ...], meaning: str) -> None:
+        self._check_kind(name, tensor)
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{NAME}: {name} must have shape {meaning} = {shape}, got {tuple(tensor.shape)}")
+
+    def _check_kind(self, name: str, tensor: Tensor) -> None:
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{NAME}: {name} must be a tensor, got {type(tensor).__name__}")
         if tensor.dtype != self.dtype:
             raise TypeError(f"{NAME}: {name} must have the index's dtype ({self.dtype}), got {tensor.dtype}")
         if tensor.device != self.device:
             raise ValueError(f"{NAME}: {name} must be on the index's device ({self.device}), got {tensor.device}")
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{NAME}: {name} must have shape {meaning} = {shape}, got {tuple(tensor.shape)}")
 
     def _check_ids(self, ids: Tensor) -> list[int]:
         """The ids as numbers: a write looks at them, and so waits for the device."""

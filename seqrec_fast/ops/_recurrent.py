@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from .._operator import wants_gradient
 from .._precision import autocast_enabled, current_precision
 from ..backends.reference._calls import SAVE_GATES, SAVE_NOTHING, SAVE_STATES, SequenceCall
 from ..backends.reference._philox import INPUT_DROPOUT, WEIGHT_DROPOUT, stream_of
@@ -94,15 +95,6 @@ def layers(
             finals.append(final)
         inputs = (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1),) * options.directions
     return inputs[0], tuple(torch.stack(parts) for parts in zip(*finals, strict=True))
-
-
-def wants_gradient(*tensors: Tensor | None) -> bool:
-    if not torch.is_grad_enabled():
-        return False
-    for tensor in tensors:  # noqa: SIM110  (see _operator._any_requires_grad)
-        if tensor is not None and tensor.requires_grad:
-            return True
-    return False
 
 
 def sequence(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import _dispatch
 from .._dispatch import Spec
-from .._operator import Operator, transforms_active
+from .._operator import Operator, transforms_active, wants_gradient
 from .._precision import current_precision
 from ..backends.reference import gru_step as reference
 from ._checks import FLOATS, check_floating, check_shape, given
@@ -56,9 +56,9 @@ def gru_step(
         torch.Size([3, 16])
     """
     _check(x, h, w_ih, w_hh, b_ih, b_hh)
-    wants_gradient = torch.is_grad_enabled() and _wants_gradient(x, h, w_ih, w_hh, b_ih, b_hh)
+    save = wants_gradient(x, h, w_ih, w_hh, b_ih, b_hh)
     if inplace:
-        if wants_gradient:
+        if save:
             raise ValueError("gru_step: inplace=True has no gradient; use torch.no_grad() or inplace=False")
         batch = (x, h) if x.dim() == 2 else (x[None], h[None])
         GRU_STEP_INPLACE(*batch, w_ih, w_hh, b_ih, b_hh, current_precision())
@@ -68,16 +68,9 @@ def gru_step(
     if not torch.compiler.is_compiling() and transforms_active():
         # functorch and forward-mode AD differentiate the plain formula: it composes with every transform.
         return reference.plain_forward(x, h, w_ih, w_hh, b_ih, b_hh)
-    h_next, _ = GRU_STEP(x, h, w_ih, w_hh, b_ih, b_hh, wants_gradient, current_precision())
+    h_next, _ = GRU_STEP(x, h, w_ih, w_hh, b_ih, b_hh, save, current_precision())
     result: Tensor = h_next
     return result
-
-
-def _wants_gradient(*tensors: Tensor | None) -> bool:
-    for tensor in tensors:  # noqa: SIM110  (see _operator._any_requires_grad)
-        if tensor is not None and tensor.requires_grad:
-            return True
-    return False
 
 
 def _check(x: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None) -> None:

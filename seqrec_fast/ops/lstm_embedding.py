@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import _cache
-from .._operator import transforms_active
+from .._operator import transforms_active, wants_gradient
 from .._precision import autocast_enabled, current_precision
-from ._recurrent import Layer, sequence, wants_gradient
+from ._recurrent import Layer, sequence
 from ._recurrent_arguments import Options, Weights
 
 # A projected table replaces the input product by a gather. Up to this size the first call makes it (4.3 GFLOP for 32 k items at

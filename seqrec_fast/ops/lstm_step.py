@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import _dispatch, _native
 from .._dispatch import Spec
-from .._operator import Operator, tracing, transforms_active
+from .._operator import Operator, tracing, transforms_active, wants_gradient
 from .._precision import current_precision
 from ..backends.reference import lstm_step as reference
 from ._checks import check_floating, check_shape, given
@@ -65,7 +65,7 @@ def lstm_step(
     if _checked_by_the_kernel(x):
         try:
             _check_on_cpu(h, c, w_ih, w_hh, b_ih, b_hh)
-            save = torch.is_grad_enabled() and _wants_gradient(x, h, c, w_ih, w_hh, b_ih, b_hh)
+            save = wants_gradient(x, h, c, w_ih, w_hh, b_ih, b_hh)
             run = LSTM_STEP.apply if save else LSTM_STEP.run
             h_next, c_next, _ = run(x, h, c, w_ih, w_hh, b_ih, b_hh, save, current_precision())
         except (TypeError, ValueError, RuntimeError, AttributeError):
@@ -80,7 +80,7 @@ def lstm_step(
     if not torch.compiler.is_compiling() and transforms_active():
         # functorch and forward-mode AD differentiate the plain formula: it composes with every transform.
         return reference.plain_forward(x, h, c, w_ih, w_hh, b_ih, b_hh)
-    save = torch.is_grad_enabled() and _wants_gradient(x, h, c, w_ih, w_hh, b_ih, b_hh)
+    save = wants_gradient(x, h, c, w_ih, w_hh, b_ih, b_hh)
     h_next, c_next, _ = LSTM_STEP(x, h, c, w_ih, w_hh, b_ih, b_hh, save, current_precision())
     return h_next, c_next
 
@@ -112,13 +112,6 @@ def _check_on_cpu(h: Tensor, c: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor
         raise ValueError("lstm_step: all tensors must be on one device")
 
 
-def _wants_gradient(*tensors: Tensor | None) -> bool:
-    for tensor in tensors:  # noqa: SIM110  (see _operator._any_requires_grad)
-        if tensor is not None and tensor.requires_grad:
-            return True
-    return False
-
-
 def _step_inplace(
     x: Tensor, h: Tensor, c: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None
 ) -> State:
@@ -129,7 +122,7 @@ def _step_inplace(
             _check_on_cpu(h, c, w_ih, w_hh, b_ih, b_hh)
         if h.shape[-1] != c.shape[-1]:
             raise ValueError(f"lstm_step: inplace needs h and c of one width, got {h.shape[-1]} and {c.shape[-1]}")
-        if torch.is_grad_enabled() and _wants_gradient(x, h, c, w_ih, w_hh, b_ih, b_hh):
+        if wants_gradient(x, h, c, w_ih, w_hh, b_ih, b_hh):
             raise ValueError("lstm_step: inplace=True has no gradient; use torch.no_grad() or inplace=False")
         batched = (x, h, c) if x.dim() == 2 else (x[None], h[None], c[None])
         LSTM_STEP_INPLACE(*batched, w_ih, w_hh, b_ih, b_hh, current_precision())

@@ -223,8 +223,10 @@ class TestServing:
         with torch.autocast("cpu", torch.bfloat16):
             items, scores = model.recommend(batch.ids, batch.lengths, 3, exclude_seen=False)
             loss = model.loss(*batch)
+            theirs = stock(model, torch.float32).eval().logits(batch.ids, batch.lengths)
         assert loss.dtype == scores.dtype == torch.float32
-        torch.testing.assert_close(scores, expected.gather(1, items), rtol=0, atol=0.1)
+        error = (scores - expected.gather(1, items)).abs().max()
+        assert error <= 2 * (theirs - expected).abs().max()
 
 
 @pytest.mark.parametrize("variant", ["default", "two layers, projected, heads", "bilinear, untied", "additive"])

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import seqrec_fast as sf
 from seqrec_fast._logits import LogitSpec
+from seqrec_fast._operator import Operator
 from seqrec_fast.backends.reference import _derivatives, _scan, _targets
 
 Keywords = dict[str, Any]
@@ -80,6 +81,19 @@ def gradients(function: Callable[..., tuple[Tensor, ...]], keywords: Keywords) -
         [r for r, _ in pairs], list(leaves.values()), [s for _, s in pairs], allow_unused=True, materialize_grads=True
     )
     return dict(zip(leaves, found, strict=True))
+
+
+def record_gradients(monkeypatch: pytest.MonkeyPatch, operator: Operator) -> list[list[bool]]:
+    """Grows by an entry a call of a backward operator: which of its results were computed (those left out are empty)."""
+    computed: list[list[bool]] = []
+
+    def record(*args: Any, forced: str) -> Any:
+        results = type(operator).below_autograd(operator, *args, forced=forced)
+        computed.append([result.numel() > 0 for result in results])
+        return results
+
+    monkeypatch.setattr(operator, "below_autograd", record)
+    return computed
 
 
 def logit_spec(keywords: Keywords) -> LogitSpec:

@@ -16,6 +16,7 @@ from catalogue_cases import (
     gradients,
     logit_spec,
     normal,
+    record_gradients,
     with_leaves,
 )
 from conformance import catalogue as suite
@@ -212,15 +213,7 @@ def test_gradcheck(table: str, logits: str, monkeypatch: pytest.MonkeyPatch) -> 
 def test_only_the_gradient_asked_for_is_computed(wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
     keywords = arguments(3, 5, "values", "everything")
     expected = gradients(suite.naive_attention, keywords)[wanted]
-    computed: list[list[bool]] = []
-    operator = ops.CATALOGUE_ATTENTION_BACKWARD
-
-    def record(*args: Any, forced: str) -> Any:
-        results = type(operator).below_autograd(operator, *args, forced=forced)
-        computed.append([result.numel() > 0 for result in results])
-        return results
-
-    monkeypatch.setattr(operator, "below_autograd", record)
+    computed = record_gradients(monkeypatch, ops.CATALOGUE_ATTENTION_BACKWARD)
     leaf = keywords[wanted].clone().requires_grad_()
     results = attend(**{**keywords, wanted: leaf})
     generator = torch.Generator().manual_seed(3)

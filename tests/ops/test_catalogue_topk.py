@@ -18,6 +18,7 @@ from catalogue_cases import (
     ids_below,
     logit_spec,
     normal,
+    record_gradients,
     with_leaves,
 )
 from conformance import catalogue as suite
@@ -208,15 +209,7 @@ def test_gradcheck(logits: str) -> None:
 @pytest.mark.parametrize("wanted", ["query", "items", "scale", "bias"])
 def test_only_the_gradient_asked_for_is_computed(wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
     keywords = {"query": normal(5, 4), "items": normal(9, 4), **LOGITS["everything"](5, 9)}
-    computed: list[list[bool]] = []
-    operator = ops.CATALOGUE_TOPK_BACKWARD
-
-    def record(*args: Any, forced: str) -> Any:
-        results = type(operator).below_autograd(operator, *args, forced=forced)
-        computed.append([result.numel() > 0 for result in results])
-        return results
-
-    monkeypatch.setattr(operator, "below_autograd", record)
+    computed = record_gradients(monkeypatch, ops.CATALOGUE_TOPK_BACKWARD)
     leaf = keywords[wanted].clone().requires_grad_()
     sf.catalogue_topk(k=3, **{**keywords, wanted: leaf}).values.nan_to_num(neginf=0.0).sum().backward()
     assert computed == [[name == wanted for name in ("query", "items", "scale", "bias")]]

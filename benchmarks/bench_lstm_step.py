@@ -56,14 +56,18 @@ class Case:
         theirs = nn.LSTMCell(self.width, self.width, dtype=self.dtype)
         ours = sf.LSTMCell.from_torch(theirs)
         x, h, c, grad = (torch.randn(self.rows, self.width, dtype=self.dtype) for _ in range(4))
-        run = _forward_backward if self.gradients else _forward
-        calls = {"ours": partial(run, ours, x, h, c, grad), "torch": partial(run, theirs, x, h, c, grad)}
-        if not self.gradients:
-            calls["ours in place"] = partial(_in_place, theirs, x, h.clone(), c.clone())
+        if self.gradients:
+            parameters = tuple(theirs.parameters())  # shared by both
+            return {
+                "ours": partial(_forward_backward, ours, parameters, x, h, c, grad),
+                "torch": partial(_forward_backward, theirs, parameters, x, h, c, grad),
+            }
+        calls = {"ours": partial(_forward, ours, x, h, c), "torch": partial(_forward, theirs, x, h, c)}
+        calls["ours in place"] = partial(_in_place, theirs, x, h.clone(), c.clone())
         return calls
 
 
-def _forward(cell: nn.Module, x: Tensor, h: Tensor, c: Tensor, grad: Tensor) -> None:
+def _forward(cell: nn.Module, x: Tensor, h: Tensor, c: Tensor) -> None:
     with torch.no_grad():
         cell(x, (h, c))
 
@@ -73,9 +77,11 @@ def _in_place(cell: nn.LSTMCell, x: Tensor, h: Tensor, c: Tensor) -> None:
         sf.lstm_step(x, (h, c), cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh, inplace=True)
 
 
-def _forward_backward(cell: nn.Module, x: Tensor, h: Tensor, c: Tensor, grad: Tensor) -> None:
+def _forward_backward(
+    cell: nn.Module, parameters: tuple[Tensor, ...], x: Tensor, h: Tensor, c: Tensor, grad: Tensor
+) -> None:
     """A training step's share: gradients of the parameters alone, not accumulated, the same for both sides."""
-    torch.autograd.grad(cell(x, (h, c)), tuple(cell.parameters()), (grad, grad))
+    torch.autograd.grad(cell(x, (h, c)), parameters, (grad, grad))
 
 
 def _on(threads: int, call: Call, repeat: int) -> Call:

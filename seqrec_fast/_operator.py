@@ -59,9 +59,11 @@ class Operator:
         self.fake = fake
         self.function: Any = None
         self.apply: Any = None
+        self.apply_native: Any = None
         self.public = getattr(torch.ops.seqrec_fast, name).default
+        self.native = getattr(torch.ops.seqrec_fast_native, name).default
         self._backends = {
-            "native": getattr(torch.ops.seqrec_fast_native, name).default,
+            "native": self.native,
             "triton": getattr(torch.ops.seqrec_fast_triton, name).default,
             "reference": getattr(torch.ops.seqrec_fast_reference, name).default,
         }
@@ -86,19 +88,19 @@ class Operator:
         ``function.forward`` must return ``self.below_autograd(*args)``.
         """
         self.function = function
-        self.register_eager_function(function)
+        self.apply = _without_binding(function)
         LIBRARIES[PUBLIC].impl(self.name, function.apply, "Autograd")
         return function
 
-    def register_eager_function(self, function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
-        """Make ``function`` the gradient of the calls that nothing traces or transforms. Usable as a class decorator.
+    def register_native_function(self, function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+        """Make ``function`` the gradient of the calls that run natively and that nothing traces or transforms.
 
-        Worth having where a call takes microseconds: its ``forward(ctx, *args)`` needs no ``setup_context``, and may return None for
-        the results that only the backward reads, which autograd would otherwise wrap and make a gradient of zeros for (a third of
-        a training step at one row). It must call ``self.run``.
+        Usable as a class decorator. Worth having where a call takes microseconds: its ``forward(ctx, *args)`` needs no
+        ``setup_context``, calls ``self.native`` without asking for a backend again, and may return None for the results that only
+        the backward reads, which autograd would otherwise wrap and make a gradient of zeros for (a third of a training step at
+        one row).
         """
-        # Function.apply binds default arguments through inspect.signature first (15 µs); its base does not.
-        self.apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+        self.apply_native = _without_binding(function)
         return function
 
     def run(self, *args: Any, forced: str | None = None) -> Any:
@@ -122,6 +124,8 @@ class Operator:
         if transforms_active():
             return self.function.apply(*args)
         if wants_gradient(*args):
+            if self.apply_native is not None and _dispatch.choose(self.describe(*args)) == "native":
+                return self.apply_native(*args)
             return self.apply(*args)
         return self.run(*args)
 
@@ -144,6 +148,11 @@ def wants_gradient(*arguments: Any) -> bool:
         if isinstance(argument, torch.Tensor) and argument.requires_grad:
             return True
     return False
+
+
+def _without_binding(function: type[torch.autograd.Function]) -> Any:
+    """``function.apply`` without binding default arguments through inspect.signature first (15 µs); its base does not."""
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
 
 def _without_autocast(function: Implementation) -> Implementation:

@@ -19,7 +19,7 @@ class Precision(IntEnum):
     MEDIUM = 2
 
 
-_BY_NAME = {"highest": Precision.HIGHEST, "high": Precision.HIGH, "medium": Precision.MEDIUM}
+_BY_NAME = {precision.name.lower(): int(precision) for precision in Precision}
 
 
 def autocast_enabled(device_type: str) -> bool:
@@ -33,7 +33,7 @@ def current_precision() -> int:
     Dynamo cannot trace torch's getter, so it calls this while tracing and keeps the answer. Its global-state guard watches the
     switch for tf32, so a change from or to ``highest`` compiles again; ``high`` against ``medium`` is not watched.
     """
-    return int(_BY_NAME[torch.get_float32_matmul_precision()])
+    return _BY_NAME[torch.get_float32_matmul_precision()]
 
 
 # What torch.compiler.assume_constant_result does, without importing the whole of torch._dynamo (two seconds) to do it.

@@ -223,10 +223,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_step_backward(
   const int64_t per_column = 4 * rows * hidden;
   const int64_t products =
       per_column * (input * (output_mask[0] + output_mask[3]) + projected * (output_mask[1] + output_mask[4]));
+  // Writing a value of dW takes the time of 20 multiply-adds and more: at one row that is all the work there is.
+  const int64_t writes = 20 * 4 * hidden * (input * output_mask[3] + projected * output_mask[4]);
   // A unit's gradients take the time of some 100 multiply-adds.
   in_parallel(rows, rows * hidden * 100,
               [&](int64_t begin, int64_t end) { kernels().lstm_step_gate_gradients(step, begin, end); });
-  in_parallel(kProductParts, products,
+  in_parallel(kProductParts, products + writes,
               [&](int64_t begin, int64_t end) { kernels().lstm_step_products(step, begin, end); });
   return results;
 }

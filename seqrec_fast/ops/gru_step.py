@@ -170,44 +170,21 @@ class GRUStepFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        *tensors, ctx.saved_gates, ctx.precision = inputs
         ctx.mark_non_differentiable(output[1])
-        _remember(ctx, inputs, output)
+        ctx.save_for_backward(*tensors, output[1])
+        ctx.forced = _dispatch.forced_backend()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return _gradients(ctx, *grads)
-
-
-@GRU_STEP.register_eager_function
-class EagerGRUStepFunction(torch.autograd.Function):
-    """The same gradient where nothing is traced, at half the overhead: autograd never sees the gates."""
-
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, None]:
-        output = GRU_STEP.run(*args)
-        _remember(ctx, args, output)
-        return output[0], None
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return _gradients(ctx, *grads)
-
-
-def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.saved_gates, ctx.precision = inputs
-    ctx.save_for_backward(*tensors, output[1])
-    ctx.forced = _dispatch.forced_backend()
-
-
-def _gradients(ctx: Any, grad_h: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    x, h, w_ih, w_hh, b_ih, b_hh, gates = ctx.saved_tensors
-    mask = ctx.needs_input_grad[:6]
-    if torch.is_grad_enabled() or not ctx.saved_gates:
-        # Somebody differentiates this backward: evaluate the formula on tensors that are connected to the graph.
-        gates = reference.gates(x, h, w_ih, w_hh, b_ih, b_hh)
-        results = reference.backward(grad_h, x, h, w_ih, w_hh, gates, mask, ctx.precision)
-    else:
-        results = GRU_STEP_BACKWARD.below_autograd(
-            grad_h, x, h, w_ih, w_hh, gates, mask, ctx.precision, forced=ctx.forced
-        )
-    return (*(result if wanted else None for result, wanted in zip(results, mask, strict=True)), None, None)
+    def backward(ctx: Any, grad_h: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, h, w_ih, w_hh, b_ih, b_hh, gates = ctx.saved_tensors
+        mask = ctx.needs_input_grad[:6]
+        if torch.is_grad_enabled() or not ctx.saved_gates:
+            # Somebody differentiates this backward: evaluate the formula on tensors that are connected to the graph.
+            gates = reference.gates(x, h, w_ih, w_hh, b_ih, b_hh)
+            results = reference.backward(grad_h, x, h, w_ih, w_hh, gates, mask, ctx.precision)
+        else:
+            results = GRU_STEP_BACKWARD.below_autograd(
+                grad_h, x, h, w_ih, w_hh, gates, mask, ctx.precision, forced=ctx.forced
+            )
+        return (*(result if wanted else None for result, wanted in zip(results, mask, strict=True)), None, None)

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import _dispatch, _native
 from .._dispatch import Spec
-from .._operator import Operator, tracing, transforms_active, wants_gradient
+from .._operator import Operator, transforms_active
 from .._precision import current_precision
 from ..backends.reference import lstm_step as reference
 from ._checks import check_floating, check_shape, given
@@ -62,12 +63,13 @@ def lstm_step(
     h, c = state
     if inplace:
         return _step_inplace(x, h, c, w_ih, w_hh, b_ih, b_hh)
-    if _checked_by_the_kernel(x):
+    if _runs_in_the_kernel(x):
         try:
-            _check_on_cpu(h, c, w_ih, w_hh, b_ih, b_hh)
-            save = wants_gradient(x, h, c, w_ih, w_hh, b_ih, b_hh)
-            run = LSTM_STEP.apply if save else LSTM_STEP.run
-            h_next, c_next, _ = run(x, h, c, w_ih, w_hh, b_ih, b_hh, save, current_precision())
+            if _wants_gradient(x, h, c, w_ih, w_hh, b_ih, b_hh):
+                step, save = LSTM_STEP.apply_native, True
+            else:
+                step, save = LSTM_STEP.native, False
+            h_next, c_next, _ = step(x, h, c, w_ih, w_hh, b_ih, b_hh, save, current_precision())
         except (TypeError, ValueError, RuntimeError, AttributeError):
             # The kernel refused before any work; this says which argument it was.
             _check(x, h, c, w_ih, w_hh, b_ih, b_hh)
@@ -80,52 +82,57 @@ def lstm_step(
     if not torch.compiler.is_compiling() and transforms_active():
         # functorch and forward-mode AD differentiate the plain formula: it composes with every transform.
         return reference.plain_forward(x, h, c, w_ih, w_hh, b_ih, b_hh)
-    save = wants_gradient(x, h, c, w_ih, w_hh, b_ih, b_hh)
+    save = _wants_gradient(x, h, c, w_ih, w_hh, b_ih, b_hh)
     h_next, c_next, _ = LSTM_STEP(x, h, c, w_ih, w_hh, b_ih, b_hh, save, current_precision())
     return h_next, c_next
 
 
-def _checked_by_the_kernel(x: Tensor) -> bool:
+def _runs_in_the_kernel(x: Tensor) -> bool:
     """Whether this call ends in the native CPU kernel, which checks its arguments: reading the shapes, dtypes and devices of seven
-    tensors in Python takes as long as the step itself."""
+    tensors in Python takes as long as the step itself. (A weight on another device takes the call to that device's kernel, which
+    refuses x.) One frame, not a call for each question: between two steps the weights push the interpreter out of the caches.
+    """
     return (
         type(x) is Tensor
         and x.is_cpu
         and x.dim() == 2
         and _native.MISSING is None
-        and _dispatch.forced_backend() in ("auto", "native")
-        and not tracing()
-        and not transforms_active()
+        and _dispatch._forced in ("auto", "native")
+        and not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
     )
 
 
-def _check_on_cpu(h: Tensor, c: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None) -> None:
-    """The one thing the kernel cannot check: a tensor of another device takes the call to that device's kernel instead."""
-    if not (
-        h.is_cpu
-        and c.is_cpu
-        and w_ih.is_cpu
-        and w_hh.is_cpu
-        and (b_ih is None or b_ih.is_cpu)
-        and (b_hh is None or b_hh.is_cpu)
-    ):
-        raise ValueError("lstm_step: all tensors must be on one device")
+def _wants_gradient(
+    x: Tensor, h: Tensor, c: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None
+) -> bool:
+    return torch.is_grad_enabled() and (
+        w_ih.requires_grad
+        or w_hh.requires_grad
+        or x.requires_grad
+        or h.requires_grad
+        or c.requires_grad
+        or (b_ih is not None and b_ih.requires_grad)
+        or (b_hh is not None and b_hh.requires_grad)
+    )
 
 
 def _step_inplace(
     x: Tensor, h: Tensor, c: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None
 ) -> State:
-    if not _checked_by_the_kernel(x):
+    native = _runs_in_the_kernel(x)
+    if not native:
         _check(x, h, c, w_ih, w_hh, b_ih, b_hh)
     try:
-        if x.is_cpu:
-            _check_on_cpu(h, c, w_ih, w_hh, b_ih, b_hh)
         if h.shape[-1] != c.shape[-1]:
             raise ValueError(f"lstm_step: inplace needs h and c of one width, got {h.shape[-1]} and {c.shape[-1]}")
-        if wants_gradient(x, h, c, w_ih, w_hh, b_ih, b_hh):
+        if _wants_gradient(x, h, c, w_ih, w_hh, b_ih, b_hh):
             raise ValueError("lstm_step: inplace=True has no gradient; use torch.no_grad() or inplace=False")
+        step = LSTM_STEP_INPLACE.native if native else LSTM_STEP_INPLACE
         batched = (x, h, c) if x.dim() == 2 else (x[None], h[None], c[None])
-        LSTM_STEP_INPLACE(*batched, w_ih, w_hh, b_ih, b_hh, current_precision())
+        step(*batched, w_ih, w_hh, b_ih, b_hh, current_precision())
     except (TypeError, ValueError, RuntimeError, AttributeError):
         _check(x, h, c, w_ih, w_hh, b_ih, b_hh)
         raise
@@ -247,47 +254,61 @@ class LSTMStepFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        *tensors, ctx.saved_gates, ctx.precision = inputs
         ctx.mark_non_differentiable(output[2])
-        _remember(ctx, inputs, output)
+        ctx.save_for_backward(*tensors, output[1], output[2])
+        ctx.forced = _dispatch.forced_backend()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return _gradients(ctx, *grads)
+    def backward(ctx: Any, grad_h: Tensor, grad_c: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, h, c, w_ih, w_hh, b_ih, b_hh, c_next, gates = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        mask = (*needs[:5], needs[5] or needs[6])
+        if torch.is_grad_enabled() or not ctx.saved_gates:
+            # Somebody differentiates this backward: evaluate the formula on tensors that are connected to the graph.
+            gates = reference.gates(x, h, w_ih, w_hh, b_ih, b_hh)
+            _, c_next = reference.cell(gates, c)
+            results = reference.backward(grad_h, grad_c, x, h, c, c_next, w_ih, w_hh, gates, mask, ctx.precision)
+        else:
+            results = LSTM_STEP_BACKWARD.below_autograd(
+                grad_h, grad_c, x, h, c, c_next, w_ih, w_hh, gates, mask, ctx.precision, forced=ctx.forced
+            )
+        return _by_argument(results, needs)
 
 
-@LSTM_STEP.register_eager_function
-class EagerLSTMStepFunction(torch.autograd.Function):
-    """The same gradient where nothing is traced, at half the overhead: autograd never sees the gates."""
+@LSTM_STEP.register_native_function
+class NativeLSTMStepFunction(torch.autograd.Function):
+    """The same gradient where nothing is traced, at a third of the overhead: autograd never sees the gates."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, None]:
-        output = LSTM_STEP.run(*args)
-        _remember(ctx, args, output)
-        return output[0], output[1], None
+        h_next, c_next, gates = LSTM_STEP.native(*args)
+        ctx.save_for_backward(*args[:7], c_next, gates)
+        ctx.precision, ctx.saved_gates, ctx.forced = args[8], True, "native"
+        return h_next, c_next, None
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return _gradients(ctx, *grads)
+    def backward(ctx: Any, grad_h: Tensor, grad_c: Tensor, _: None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack():
+            return LSTMStepFunction.backward(ctx, grad_h, grad_c, _)
+        x, h, c, w_ih, w_hh, _, _, c_next, gates = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        mask = (*needs[:5], needs[5] or needs[6])
+        results = LSTM_STEP_BACKWARD.native(grad_h, grad_c, x, h, c, c_next, w_ih, w_hh, gates, mask, ctx.precision)
+        return _by_argument(results, needs)
 
 
-def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    *tensors, ctx.saved_gates, ctx.precision = inputs
-    ctx.save_for_backward(*tensors, output[1], output[2])
-    ctx.forced = _dispatch.forced_backend()
-
-
-def _gradients(ctx: Any, grad_h: Tensor, grad_c: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    x, h, c, w_ih, w_hh, b_ih, b_hh, c_next, gates = ctx.saved_tensors
-    needs = ctx.needs_input_grad
-    mask = (*needs[:5], needs[5] or needs[6])
-    if torch.is_grad_enabled() or not ctx.saved_gates:
-        # Somebody differentiates this backward: evaluate the formula on tensors that are connected to the graph.
-        gates = reference.gates(x, h, w_ih, w_hh, b_ih, b_hh)
-        _, c_next = reference.cell(gates, c)
-        results = reference.backward(grad_h, grad_c, x, h, c, c_next, w_ih, w_hh, gates, mask, ctx.precision)
-    else:
-        results = LSTM_STEP_BACKWARD.below_autograd(
-            grad_h, grad_c, x, h, c, c_next, w_ih, w_hh, gates, mask, ctx.precision, forced=ctx.forced
-        )
-    dx, dh, dc, dw_ih, dw_hh, db = [result if wanted else None for result, wanted in zip(results, mask, strict=True)]
-    return dx, dh, dc, dw_ih, dw_hh, db if needs[5] else None, db if needs[6] else None, None, None
+def _by_argument(results: tuple[Tensor, ...], needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+    """The gradients of the arguments of ``lstm_step`` from the results of its backward, which has one for both biases."""
+    dx, dh, dc, dw_ih, dw_hh, db = results
+    return (
+        dx if needs[0] else None,
+        dh if needs[1] else None,
+        dc if needs[2] else None,
+        dw_ih if needs[3] else None,
+        dw_hh if needs[4] else None,
+        db if needs[5] else None,
+        db if needs[6] else None,
+        None,
+        None,
+    )

@@ -106,7 +106,7 @@ def native_extension() -> dict[str, object]:
     sources = [
         "csrc/module.cpp",
         "csrc/common/cpu_tier.cpp",
-        *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("*/cpu.cpp")),
+        *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("*/cpu*.cpp") if p.parent.name != "common"),
     ]
     flags = {"cxx": [*CXX_FLAGS, *STABLE_ABI]}
     link: dict[str, object] = {}
@@ -120,13 +120,13 @@ def native_extension() -> dict[str, object]:
         link = {"library_dirs": [str(toolkit / "lib64")], "libraries": ["cudart_static", "rt", "dl", "pthread"]}
 
     class BuildNative(cpp.BuildExtension):  # type: ignore[misc]
-        """Compiles each csrc/<family>/tier.cpp once per CPU tier and links the objects into the extension."""
+        """Compiles each csrc/<family>/tier*.cpp once per CPU tier and links the objects into the extension."""
 
         def build_extension(self, extension) -> None:  # type: ignore[no-untyped-def]
             folder = Path(self.build_temp) / "tiers"
             folder.mkdir(parents=True, exist_ok=True)
-            families = sorted((ROOT / "csrc").glob("*/tier.cpp"))
-            jobs = [(family, tier) for family in families for tier in TIERS]
+            sources = sorted((ROOT / "csrc").glob("*/tier*.cpp"))
+            jobs = [(source, tier) for source in sources for tier in TIERS]
             extension.extra_objects += compile_tiers(jobs, folder)
             super().build_extension(extension)
 
@@ -159,10 +159,10 @@ def compile_tiers(jobs: list[tuple[Path, str]], folder: Path) -> list[str]:
         "",
     ]
     objects = []
-    for family, tier in jobs:
-        output = (folder / f"{family.parent.name}_{tier}.o").resolve()
+    for source, tier in jobs:
+        output = (folder / f"{source.parent.name}_{source.stem}_{tier}.o").resolve()
         flags = " ".join([*CXX_FLAGS, f"-I{ROOT / 'csrc'}", f"-DSEQREC_TIER={tier}", *TIERS[tier]])
-        lines += [f"build {output}: cxx {family}", f"  cxx = {compiler()}", f"  flags = {flags}", ""]
+        lines += [f"build {output}: cxx {source}", f"  cxx = {compiler()}", f"  flags = {flags}", ""]
         objects.append(str(output))
     (folder / "build.ninja").write_text("\n".join(lines))
     workers = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []

@@ -17,7 +17,7 @@ import functools
 import importlib
 import importlib.util
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch.autograd import forward_ad
@@ -27,6 +27,9 @@ from ._dispatch import Spec, Supports
 from ._schema import LIBRARIES, PUBLIC, SCHEMAS
 
 Implementation = Callable[..., Any]
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+_NO_DISPATCH = torch._C._disabled_torch_dispatch_impl
 
 
 class Operator:
@@ -56,6 +59,7 @@ class Operator:
             raise KeyError(f"{name} has no schema in seqrec_fast/_schema.py")
         self.name = name
         self.describe = describe
+        self.reference = reference
         self.fake = fake
         self.function: Any = None
         self.apply: Any = None
@@ -68,7 +72,7 @@ class Operator:
             "reference": getattr(torch.ops.seqrec_fast_reference, name).default,
         }
         table: dict[str, Supports] = {"reference": _dispatch.always}
-        self._register("seqrec_fast_reference", _without_autocast(reference))
+        self._register("seqrec_fast_reference", without_autocast(reference))
         if native is not None:
             table["native"] = native
         if triton is not None:
@@ -113,21 +117,27 @@ class Operator:
 
     def below_autograd(self, *args: Any, forced: str | None = None) -> Any:
         """The forward of this operator's Function: records the public operator while a graph is traced, else runs a backend."""
-        if torch._C._len_torch_dispatch_stack():
+        if torch._C._len_torch_dispatch_stack() or any(map(_dispatches, args)):
             with torch._C._AutoDispatchBelowAutograd():
                 return self.public(*args)
         return self.run(*args, forced=forced)
 
     def __call__(self, *args: Any) -> Any:
-        if tracing():
+        if tracing() or any(map(_dispatches, args)):
             return self.public(*args)
-        if transforms_active():
+        if transforms_active() and self.function is not None:
             return self.function.apply(*args)
         if wants_gradient(*args):
             if self.apply_native is not None and _dispatch.choose(self.describe(*args)) == "native":
                 return self.apply_native(*args)
             return self.apply(*args)
         return self.run(*args)
+
+
+def _dispatches(argument: Any) -> bool:
+    """A tensor subclass that says itself what an operator does to it (a fake tensor outside its mode, say)."""
+    kind = type(argument)
+    return kind is not torch.Tensor and getattr(kind, "__torch_dispatch__", _NO_DISPATCH) is not _NO_DISPATCH
 
 
 def tracing() -> bool:
@@ -155,15 +165,15 @@ def _without_binding(function: type[torch.autograd.Function]) -> Any:
     return super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
 
-def _without_autocast(function: Implementation) -> Implementation:
-    """A reference's products are computed in the dtype it chose, also where a backward runs inside an autocast block."""
+def without_autocast(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """A formula's products are computed in the dtype it chose, also inside an autocast block."""
 
     @functools.wraps(function)
-    def implementation(*args: Any) -> Any:
+    def implementation(*args: Parameters.args, **options: Parameters.kwargs) -> Result:
         if not torch._C._is_any_autocast_enabled():
-            return function(*args)
+            return function(*args, **options)
         with torch._C._DisableAutocast():
-            return function(*args)
+            return function(*args, **options)
 
     return implementation
 

@@ -84,8 +84,9 @@ Format format_of(const Tensor& tensor) {
   throw std::invalid_argument("catalogue_rank: query must be float16, bfloat16, float32 or float64");
 }
 
-MatrixView matrix(const Tensor& tensor) { return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1)}; }
-VectorView vector(const Tensor& tensor) { return {tensor.const_data_ptr(), tensor.stride(0)}; }
+const void* data_of(const Tensor& tensor) { return check_allocated(tensor.const_data_ptr(), tensor.numel()); }
+MatrixView matrix(const Tensor& tensor) { return {data_of(tensor), tensor.stride(0), tensor.stride(1)}; }
+VectorView vector(const Tensor& tensor) { return {data_of(tensor), tensor.stride(0)}; }
 
 int64_t integer(const void* data, bool is_64, int64_t i) {
   return is_64 ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
@@ -139,7 +140,7 @@ struct Arguments {
     const int64_t ids = exclude->size(0);
     int64_t former = 0;
     for (int64_t r = 0; r <= rows; ++r) {
-      const int64_t here = integer(crow.const_data_ptr(), is_64(crow), r);
+      const int64_t here = integer(data_of(crow), is_64(crow), r);
       const bool rises = r == 0 ? here == 0 : here >= former && (r < rows ? here <= ids : here == ids);
       check_value(rises,
                   "catalogue_rank: exclude is not a valid sparse_csr matrix: its row pointers must rise from 0 to ",
@@ -169,7 +170,7 @@ std::vector<int64_t> shared_ids(const Tensor& exclude, int64_t items) {
   std::vector<int64_t> ids;
   const Tensor list = torch::stable::contiguous(exclude);
   for (int64_t i = 0; i < list.size(0); ++i) {
-    const int64_t id = integer(list.const_data_ptr(), is_64(list), i);
+    const int64_t id = integer(data_of(list), is_64(list), i);
     if (id == -1) continue;
     if (id < 0 || id >= items) bad_id("exclude", items, true, id);
     ids.push_back(id);
@@ -335,11 +336,11 @@ Tensor catalogue_rank(const Tensor& query, const Tensor& items, const Tensor& ta
     call.num_skipped = static_cast<int64_t>(skipped.size());
   } else if (exclude && exclude->numel() > 0) {
     lists = torch::stable::contiguous(*exclude);
-    call.excluded.ids = lists.const_data_ptr();
+    call.excluded.ids = data_of(lists);
     call.excluded.ids_are_64 = is_64(lists);
     if (exclude_crow) {
       begin = torch::stable::contiguous(*exclude_crow);
-      call.excluded.begin = begin.const_data_ptr();
+      call.excluded.begin = data_of(begin);
       call.excluded.begin_is_64 = is_64(begin);
     } else {
       call.excluded.width = lists.size(1);

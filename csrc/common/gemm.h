@@ -120,18 +120,20 @@ SEQREC_INLINE void store_sums(double* out, F64 a, F64 b, F64 c, F64 d) {
 // batch.
 constexpr int64_t kChain = 256;
 
-template <class T>
+template <class T, class Out = T>
 struct Product {
+  using Operand = T;
   const typename Compute<T>::Scalar* a;  // a(m, k) = a[m·a_row + k·a_step]
   int64_t a_row, a_step;
   const T* b;  // [depth, columns], contiguous
-  T* out;      // [rows, columns], contiguous
+  Out* out;    // [rows, columns], contiguous
   int64_t rows, columns, depth;
+  bool accumulate = false;  // add to what is in out
 };
 
 // kRows × kVectors registers of results. kPartial: the last vector has only `last` lanes.
-template <int kRows, int kVectors, bool kPartial, class T>
-SEQREC_INLINE void product_tile(const Product<T>& p, int64_t row, int64_t column, int last) {
+template <int kRows, int kVectors, bool kPartial, class T, class Out>
+SEQREC_INLINE void product_tile(const Product<T, Out>& p, int64_t row, int64_t column, int last) {
   constexpr int kWidth = Compute<T>::kWidth;
   Vector<T> total[kRows][kVectors] = {};
   for (int64_t begin = 0; begin < p.depth; begin += kChain) {
@@ -160,16 +162,16 @@ SEQREC_INLINE void product_tile(const Product<T>& p, int64_t row, int64_t column
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
-      T* out = p.out + (row + r) * p.columns + column + v * kWidth;
+      Out* out = p.out + (row + r) * p.columns + column + v * kWidth;
       if (kPartial && v == kVectors - 1)
-        store_first(out, last, total[r][v]);
+        store_first(out, last, p.accumulate ? load_first(out, last) + total[r][v] : total[r][v]);
       else
-        store(out, total[r][v]);
+        store(out, p.accumulate ? load(out) + total[r][v] : total[r][v]);
     }
 }
 
-template <int kVectors, bool kPartial, class T>
-SEQREC_INLINE void product_rows(const Product<T>& p, int64_t row, int64_t height, int64_t column, int last) {
+template <int kVectors, bool kPartial, class T, class Out>
+SEQREC_INLINE void product_rows(const Product<T, Out>& p, int64_t row, int64_t height, int64_t column, int last) {
   static_assert(kProductRows == 6);
   switch (p.rows - row < height ? p.rows - row : height) {
     case 1:
@@ -198,8 +200,8 @@ struct TileOrder {
   bool along_rows;
   int64_t height, row_tiles, panels;
 
-  template <class T>
-  TileOrder(const Product<T>& p, int64_t panel)
+  template <class T, class Out>
+  TileOrder(const Product<T, Out>& p, int64_t panel)
       : along_rows(p.depth * p.columns * (int64_t)sizeof(T) <= kSmall),
         height(along_rows && p.depth <= kShort ? 2 : kProductRows),
         row_tiles((p.rows + height - 1) / height),
@@ -211,8 +213,8 @@ struct TileOrder {
 };
 
 // Part begin/parts to end/parts of a product.
-template <class T>
-void product_part(const Product<T>& p, int64_t begin, int64_t end, int64_t parts) {
+template <class T, class Out>
+void product_part(const Product<T, Out>& p, int64_t begin, int64_t end, int64_t parts) {
   constexpr int kWidth = Compute<T>::kWidth;
   constexpr int64_t kPanel = kProductVectors * kWidth;
   const TileOrder order(p, kPanel);

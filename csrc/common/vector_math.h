@@ -51,14 +51,15 @@ SEQREC_INLINE F32 exp(F32 x) {
   return scale_by_power_of_two(leading + fma(e.r_squared, e.q, lost), e.n, e.n_bits);
 }
 
-// From e^-|x|, so that nothing overflows and large negative x keeps its relative accuracy.
+// From q = σ(-|x|), so that nothing overflows and large negative x keeps its relative accuracy; 1 - q rounds once, so
+// that 1 - σ(x), which the gradient reads, is as good as fp32 can hold it.
 SEQREC_INLINE F32 sigmoid(F32 x) {
   const F32 e = exp((F32)((I32)x | (int32_t)0x80000000));
   const F32 denominator = e + 1.0f;
-  const F32 y = select(x < 0.0f, e, broadcast(1.0f)) / denominator;
-  // Give back what the denominator lost, y·lost/denominator, where it matters: for x < 0, 1/denominator = 1 - y.
-  const F32 lost = e - (denominator - 1.0f);
-  return fma(y * lost, y - 1.0f, y);
+  F32 q = e / denominator;
+  const F32 lost = e - (denominator - 1.0f);  // give back what the denominator lost: q·lost/denominator, where
+  q = fma(q * lost, q - 1.0f, q);             // 1/denominator = 1 - q
+  return select(x < 0.0f, q, 1.0f - q);
 }
 
 // (e^2|x| - 1) / (e^2|x| + 1), with e^2|x| - 1 computed without cancellation.

@@ -26,21 +26,27 @@ SEQREC_INLINE V lstm_hidden(const LstmGates<V>& a, V c_next) {
   return a.o * tanh(c_next);
 }
 
+// tanh' = 1 - tanh², rounded once: near saturation the square alone would lose most of it.
+template <class V>
+SEQREC_INLINE V tanh_slope(V tanh_x) {
+  return fma(-tanh_x, tanh_x, V{} + 1);
+}
+
 template <class V>
 struct LstmGateGradients {
   LstmGates<V> dz;  // with respect to the pre-activations
   V dc;             // with respect to the former cell state
 };
 
-// σ' = σ(1 - σ), tanh' = 1 - tanh².
+// σ' = σ(1 - σ).
 template <class V>
 SEQREC_INLINE LstmGateGradients<V> lstm_cell_backward(const LstmGates<V>& a, V c, V c_next, V grad_h, V grad_c) {
   const V t = tanh(c_next);
-  const V dc = fma(grad_h * a.o, 1 - t * t, grad_c);
+  const V dc = fma(grad_h * a.o, tanh_slope(t), grad_c);
   return {{
               dc * a.g * (a.i * (1 - a.i)),
               dc * c * (a.f * (1 - a.f)),
-              dc * a.i * (1 - a.g * a.g),
+              dc * a.i * tanh_slope(a.g),
               grad_h * t * (a.o * (1 - a.o)),
           },
           dc * a.f};

@@ -1,4 +1,4 @@
-// Registration of the recurrent operators for CPU tensors: allocation, threads, choice of the tier. Shapes, dtypes and
+// Registration of the single steps for CPU tensors: allocation, threads, choice of the tier. Shapes, dtypes and
 // devices were checked in Python.
 #include <algorithm>
 #include <array>
@@ -16,13 +16,11 @@
 
 #include "common/check.h"
 #include "common/cpu_tier.h"
+#include "recurrent/cpu_call.h"
 #include "recurrent/kernels.h"
 
 namespace seqrec_fast {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 const RecurrentKernels& kernels() {
 #if defined(__x86_64__)
@@ -40,65 +38,6 @@ const RecurrentKernels& kernels() {
   return tier_default::recurrent_kernels;
 }
 
-Scalar scalar_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return Scalar::kFloat;
-    case ScalarType::Double:
-      return Scalar::kDouble;
-    case ScalarType::BFloat16:
-      return Scalar::kBFloat16;
-    case ScalarType::Half:
-      return Scalar::kHalf;
-    default:
-      break;
-  }
-  throw std::invalid_argument("the recurrent operators take float16, bfloat16, float32 or float64");
-}
-
-// Straight to at::empty_strided: the boxed torch::stable::new_empty costs three times as much, and a step allocates
-// thrice.
-Tensor empty(std::initializer_list<int64_t> sizes, const Tensor& like) {
-  std::array<int64_t, 2> strides{1, 1};
-  if (sizes.size() == 2) strides[0] = std::max<int64_t>(sizes.begin()[1], 1);
-  int32_t dtype = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
-  AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(),
-                                                         strides.data(), dtype, aoti_torch_device_type_cpu(), 0,
-                                                         &handle));
-  return Tensor(handle);
-}
-
-// An argument as a contiguous array: itself, or a copy that lives as long as this.
-class Array {
- public:
-  explicit Array(const Tensor& tensor) {
-    if (!tensor.is_contiguous()) copy_ = torch::stable::contiguous(tensor);
-    data_ = (copy_ ? *copy_ : tensor).const_data_ptr();
-  }
-  explicit Array(const std::optional<Tensor>& tensor) {
-    if (tensor) *this = Array(*tensor);
-  }
-  operator const void*() const { return data_; }
-
- private:
-  std::optional<Tensor> copy_;
-  const void* data_ = nullptr;
-};
-
-// Runs task(begin, end) over [0, tasks), on as many threads as the multiply-adds are worth. A thread costs 2–3 µs to
-// wake; half a million multiply-adds take 4 µs from L1 and 11 µs where each weight is read from L2 for one row.
-template <class Task>
-void in_parallel(int64_t tasks, int64_t multiply_adds, const Task& task) {
-  constexpr int64_t kWorthAThread = int64_t{1} << 19;
-  const int64_t parts = std::min({multiply_adds / kWorthAThread, tasks, int64_t{torch::stable::get_num_threads()}});
-  if (parts <= 1) return task(int64_t{0}, tasks);
-  torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t part = begin; part < end; ++part) task(tasks * part / parts, tasks * (part + 1) / parts);
-  });
-}
-
 int64_t multiply_adds(const StepSizes& sizes) {
   return 4 * sizes.rows * sizes.hidden * (sizes.input + sizes.projected);
 }
@@ -113,8 +52,6 @@ void run_step(const LstmStep& step) {
     kernels().lstm_step(step, begin, end, wide.get());
   });
 }
-
-size_t width(Scalar scalar) { return scalar == Scalar::kDouble ? 8 : scalar == Scalar::kFloat ? 4 : 2; }
 
 void check_shape(const char* name, const Tensor& tensor, int64_t rows, int64_t columns) {
   check_value(tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == columns, "lstm_step: ", name,
@@ -153,6 +90,52 @@ std::tuple<Tensor, Tensor, Tensor> lstm_step(const Tensor& x, const Tensor& h, c
   return {std::move(h_next), std::move(c_next), std::move(gates)};
 }
 
+// The addresses between which a tensor's elements lie.
+struct Extent {
+  const char *begin, *end;
+  explicit Extent(const Tensor& tensor)
+      : begin((const char*)check_allocated(tensor.const_data_ptr(), tensor.numel())), end(begin) {
+    if (tensor.numel() == 0) return;
+    int64_t last = 1;
+    for (int64_t i = 0; i < tensor.dim(); ++i) last += (tensor.size(i) - 1) * tensor.stride(i);
+    end += last * width(scalar_of(tensor));
+  }
+  bool meets(const Extent& other) const { return begin < other.end && other.begin < end; }
+};
+
+// Whether two elements of a matrix are one.
+bool covers_itself(const Tensor& t) {
+  if (t.numel() <= 1) return false;
+  const int inner = t.size(1) > 1 && (t.size(0) == 1 || t.stride(1) <= t.stride(0)) ? 1 : 0, outer = 1 - inner;
+  return (t.size(inner) > 1 && t.stride(inner) == 0) ||
+         (t.size(outer) > 1 && t.stride(outer) < (t.size(inner) - 1) * t.stride(inner) + 1);
+}
+
+// Two column ranges of one larger matrix, which lie between each other's rows and still have no element in common.
+bool are_columns_apart(const Tensor& a, const Tensor& b) {
+  const int64_t stride = a.stride(0), columns = a.size(1);
+  if (a.stride(1) != 1 || b.stride(1) != 1 || b.stride(0) != stride || stride < 2 * columns) return false;
+  const int64_t bytes = width(scalar_of(a));
+  const int64_t distance = ((const char*)b.const_data_ptr() - (const char*)a.const_data_ptr()) / bytes;
+  const int64_t between = (distance % stride + stride) % stride;
+  return between >= columns && between + columns <= stride;
+}
+
+// What is written must be nowhere else among the arguments but in x, of which the step keeps a copy.
+void check_places(const Tensor& h, const Tensor& c, std::initializer_list<const Tensor*> read) {
+  for (const Tensor* state : {&h, &c})
+    check_value(!covers_itself(*state), "lstm_step: inplace cannot write ", state == &h ? "h" : "c",
+                ", whose elements share memory (an expanded tensor)");
+  const Extent h_extent(h), c_extent(c);
+  check_value(!h_extent.meets(c_extent) || are_columns_apart(h, c),
+              "lstm_step: inplace needs h and c in memory of their own");
+  for (const Tensor* tensor : read) {
+    const Extent extent(*tensor);
+    check_value(!extent.meets(h_extent) && !extent.meets(c_extent),
+                "lstm_step: inplace needs h and c apart from the weights and biases");
+  }
+}
+
 // Overwrites h and c. Every unit reads all of the former h (and of x, which may share its memory), so those are copied
 // first; c is read and written unit by unit.
 void lstm_step_(const Tensor& x, const Tensor& h, const Tensor& c, const Tensor& w_ih, const Tensor& w_hh,
@@ -162,6 +145,9 @@ void lstm_step_(const Tensor& x, const Tensor& h, const Tensor& c, const Tensor&
   check_bias(b_hh, x, sizes.hidden);
   check_value(sizes.projected == sizes.hidden, "lstm_step_: h and c must have one width, got ", sizes.projected,
               " and ", sizes.hidden);
+  check_places(h, c, {&w_ih, &w_hh});
+  for (const auto& bias : {b_ih, b_hh})
+    if (bias) check_places(h, c, {&*bias});
   Tensor h_next = h.is_contiguous() ? h : torch::stable::contiguous(h);
   Tensor c_next = c.is_contiguous() ? c : torch::stable::contiguous(c);
   const size_t x_bytes = sizes.rows * sizes.input * width(sizes.scalar),

@@ -3,12 +3,10 @@
 
 #include "cells.h"
 #include "common/gemm.h"
+#include "common/lanes.h"
 #include "kernels.h"
 
 namespace seqrec_fast::SEQREC_TIER {
-
-template <class T>
-constexpr bool kIsHalf = sizeof(T) == 2;
 
 // Pre-activations of one task, [row][gate][unit]. A group of four sums may be stored for the last single units of a
 // block, hence the padding.
@@ -81,21 +79,6 @@ SEQREC_INLINE void unit_sums(const LstmStep& step, const StepRows<S>& rows, int6
   }
 }
 
-template <bool kPartial, class P>
-SEQREC_INLINE auto load_lanes(const P* p, int count) {
-  if constexpr (kPartial)
-    return load_first(p, count);
-  else
-    return load(p);
-}
-template <bool kPartial, class P, class V>
-SEQREC_INLINE void store_lanes(P* p, int count, V v) {
-  if constexpr (kPartial)
-    store_first(p, count, v);
-  else
-    store(p, v);
-}
-
 // Activations and state update of `count` units of one row.
 template <bool kPartial, class T, class S>
 SEQREC_INLINE void update_cell(const LstmStep& step, const S (&z)[4][PreActivations<S>::kUnits], int64_t row,
@@ -119,13 +102,6 @@ SEQREC_INLINE void update_cell(const LstmStep& step, const S (&z)[4][PreActivati
   store_lanes<kPartial>(gates + hidden, count, activated.f);
   store_lanes<kPartial>(gates + 2 * hidden, count, activated.g);
   store_lanes<kPartial>(gates + 3 * hidden, count, activated.o);
-}
-
-template <class T>
-SEQREC_INLINE void widen(const T* from, int64_t count, float* to) {
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) store(to + i, load(from + i));
-  if (i < count) store_first(to + i, (int)(count - i), load_first(from + i, (int)(count - i)));
 }
 
 template <class T>

@@ -1,24 +1,10 @@
 // The recurrent kernels of one CPU tier; compiled once per tier with -DSEQREC_TIER=tier_… and that tier's flags.
+#include "by_scalar.h"
 #include "kernels.h"
 #include "step.h"
 
 namespace seqrec_fast::SEQREC_TIER {
 namespace {
-
-// One entry per scalar type, in the order of Scalar.
-template <template <class> class Kernel, class... Arguments>
-void by_scalar(Scalar scalar, Arguments&&... arguments) {
-  switch (scalar) {
-    case Scalar::kFloat:
-      return Kernel<float>::run(arguments...);
-    case Scalar::kDouble:
-      return Kernel<double>::run(arguments...);
-    case Scalar::kBFloat16:
-      return Kernel<BF16>::run(arguments...);
-    case Scalar::kHalf:
-      return Kernel<F16>::run(arguments...);
-  }
-}
 
 template <class T>
 struct Step {

@@ -51,6 +51,24 @@ def check_floating(operator: str, **tensors: Tensor) -> None:
             )
 
 
+def check_writable(operator: str, states: dict[str, Tensor]) -> None:
+    """The states of an in-place step are places of their own: none covers itself, and no two begin at one address.
+
+    What only the addresses of all elements tell (one state in the middle of another) the native CPU kernel finds.
+    """
+    for name, state in states.items():
+        if state.is_neg():
+            raise ValueError(
+                f"{operator}: inplace cannot write {name}, a lazily negated view; use {name}.resolve_neg()"
+            )
+        if torch._debug_has_internal_overlap(state) == 1:
+            raise ValueError(
+                f"{operator}: inplace cannot write {name}, whose elements share memory (an expanded tensor)"
+            )
+    if len({state.data_ptr() for state in states.values()}) < len(states) and min(s.numel() for s in states.values()):
+        raise ValueError(f"{operator}: inplace needs {' and '.join(states)} in memory of their own")
+
+
 def check_shape(operator: str, name: str, tensor: Tensor, expected: Sequence[int], meaning: str) -> None:
     """``tensor`` has exactly the shape ``expected``; ``meaning`` names it, e.g. ``"[B, H]"``."""
     if tuple(tensor.shape) != tuple(expected):

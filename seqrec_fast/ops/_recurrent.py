@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from .._dispatch import Spec
 from .._operator import wants_gradient
 from .._precision import autocast_enabled, current_precision
 from ..backends.reference._calls import SAVE_GATES, SAVE_NOTHING, SAVE_STATES, SequenceCall
@@ -176,6 +177,15 @@ def _follow_autocast(
     return tuple(x.to(dtype) for x in inputs), hx, weights, torch.autocast(device, enabled=False)
 
 
+# Wiring
+
+
+def native_supports(spec: Spec) -> str | None:
+    """What the native kernels of whole sequences lack."""
+    missing = sorted(spec.options & {"projection", "layer_norm", "zoneout", "recurrent_dropout"})
+    return f"the native kernel has no {missing[0].replace('_', ' ')}" if missing else None
+
+
 # Gradients
 
 
@@ -186,6 +196,8 @@ def formula_gradients(
     grads: Sequence[Tensor | None],
 ) -> dict[str, Tensor]:
     """Gradients of the named arguments by autograd on the formula: differentiable again, and open to every transform."""
+    if torch._C._are_functorch_transforms_active():
+        return _formula_vjp(formula, call, names, grads)
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         leaves = {}
@@ -212,6 +224,23 @@ def formula_gradients(
         name: torch.zeros_like(leaf) if grad is None else grad
         for (name, leaf), grad in zip(leaves.items(), found, strict=True)
     }
+
+
+def _formula_vjp(
+    formula: Callable[[Any], tuple[Tensor, ...]],
+    call: SequenceCall,
+    names: Sequence[str],
+    grads: Sequence[Tensor | None],
+) -> dict[str, Tensor]:
+    """The same where functorch is at work: autograd.grad would lose the tangents of ``grads``."""
+
+    def results(*values: Tensor) -> tuple[Tensor, ...]:
+        found = formula(replace(call, **dict(zip(names, values, strict=True))))  # type: ignore[type-var]
+        return tuple(value for value, grad in zip(found, grads, strict=False) if grad is not None)
+
+    pull_back = torch.func.vjp(results, *(getattr(call, name) for name in names))[1]
+    found = pull_back(tuple(grad for grad in grads if grad is not None))
+    return dict(zip(names, found, strict=True))
 
 
 def loop_over_vmap(operator: Any) -> Callable[..., tuple[Any, Any]]:

@@ -17,7 +17,7 @@ from .._schema import LIBRARIES, PUBLIC
 from ..backends.reference import gru as reference
 from ..backends.reference import gru_backward
 from ..backends.reference._calls import SAVE_GATES, SAVE_NOTHING, GRUCall
-from ._recurrent import Pass, States, formula_gradients, loop_over_vmap, sequence
+from ._recurrent import Pass, States, formula_gradients, loop_over_vmap, native_supports, sequence
 from ._recurrent_arguments import Options, Weights, check_arguments, split_weights
 
 
@@ -148,12 +148,19 @@ def _fake_backward(*args: Any) -> tuple[Tensor, ...]:
     return tuple(call.x.new_empty(shape) for shape in shapes)
 
 
-GRU = Operator("gru", reference=reference.forward, fake=_fake, describe=lambda *args: describe("gru", GRUCall(*args)))
+GRU = Operator(
+    "gru",
+    reference=reference.forward,
+    fake=_fake,
+    describe=lambda *args: describe("gru", GRUCall(*args)),
+    native=native_supports,
+)
 GRU_BACKWARD = Operator(
     "gru_backward",
     reference=gru_backward.forward,
     fake=_fake_backward,
     describe=lambda *args: describe("gru_backward", GRUCall(*args[2:-3])),
+    native=native_supports,
 )
 torch.library.register_vmap(f"{PUBLIC}::gru", loop_over_vmap(GRU.public), lib=LIBRARIES[PUBLIC])
 torch.library.register_vmap(f"{PUBLIC}::gru_backward", loop_over_vmap(GRU_BACKWARD.public), lib=LIBRARIES[PUBLIC])

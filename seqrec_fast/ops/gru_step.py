@@ -10,10 +10,11 @@ from torch import Tensor
 
 from .. import _dispatch
 from .._dispatch import Spec
-from .._operator import Operator, transforms_active, wants_gradient
+from .._operator import Operator, transforms_active, wants_gradient, without_autocast
 from .._precision import current_precision
 from ..backends.reference import gru_step as reference
 from ._checks import FLOATS, check_floating, check_shape, given
+from ._step import step_inplace
 
 
 def gru_step(
@@ -60,14 +61,13 @@ def gru_step(
     if inplace:
         if save:
             raise ValueError("gru_step: inplace=True has no gradient; use torch.no_grad() or inplace=False")
-        batch = (x, h) if x.dim() == 2 else (x[None], h[None])
-        GRU_STEP_INPLACE(*batch, w_ih, w_hh, b_ih, b_hh, current_precision())
+        step_inplace(GRU_STEP_INPLACE, x, {"h": h}, (w_ih, w_hh, b_ih, b_hh))
         return h
     if x.dim() == 1:
         return gru_step(x[None], h[None], w_ih, w_hh, b_ih, b_hh)[0]
     if not torch.compiler.is_compiling() and transforms_active():
         # functorch and forward-mode AD differentiate the plain formula: it composes with every transform.
-        return reference.plain_forward(x, h, w_ih, w_hh, b_ih, b_hh)
+        return without_autocast(reference.plain_forward)(x, h, w_ih, w_hh, b_ih, b_hh)
     h_next, _ = GRU_STEP(x, h, w_ih, w_hh, b_ih, b_hh, save, current_precision())
     result: Tensor = h_next
     return result
@@ -179,12 +179,27 @@ class GRUStepFunction(torch.autograd.Function):
     def backward(ctx: Any, grad_h: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         x, h, w_ih, w_hh, b_ih, b_hh, gates = ctx.saved_tensors
         mask = ctx.needs_input_grad[:6]
-        if torch.is_grad_enabled() or not ctx.saved_gates:
+        if torch.is_grad_enabled() or not ctx.saved_gates or transforms_active():
             # Somebody differentiates this backward: evaluate the formula on tensors that are connected to the graph.
-            gates = reference.gates(x, h, w_ih, w_hh, b_ih, b_hh)
-            results = reference.backward(grad_h, x, h, w_ih, w_hh, gates, mask, ctx.precision)
+            results = _formula_gradients(grad_h, x, h, w_ih, w_hh, b_ih, b_hh, mask, ctx.precision)
         else:
             results = GRU_STEP_BACKWARD.below_autograd(
                 grad_h, x, h, w_ih, w_hh, gates, mask, ctx.precision, forced=ctx.forced
             )
         return (*(result if wanted else None for result, wanted in zip(results, mask, strict=True)), None, None)
+
+
+@without_autocast
+def _formula_gradients(
+    grad_h: Tensor,
+    x: Tensor,
+    h: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    mask: reference.Mask,
+    precision: int,
+) -> tuple[Tensor, ...]:
+    gates = reference.gates(x, h, w_ih, w_hh, b_ih, b_hh)
+    return reference.backward(grad_h, x, h, w_ih, w_hh, gates, mask, precision)

@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.autograd.graph import increment_version
 
 from .. import _dispatch, _native
 from .._dispatch import Spec
-from .._operator import Operator, transforms_active
+from .._operator import Operator, transforms_active, without_autocast
 from .._precision import current_precision
 from ..backends.reference import lstm_step as reference
-from ._checks import check_floating, check_shape, given
+from ._checks import check_floating, check_shape, check_writable, given
+from ._step import step_inplace
 
 State = tuple[Tensor, Tensor]
 
@@ -60,7 +62,7 @@ def lstm_step(
         >>> h.shape
         torch.Size([3, 16])
     """
-    h, c = state
+    h, c = state if type(state) is tuple and len(state) == 2 else _pair(state)
     if inplace:
         return _step_inplace(x, h, c, w_ih, w_hh, b_ih, b_hh)
     if _runs_in_the_kernel(x):
@@ -81,7 +83,7 @@ def lstm_step(
         return h_next[0], c_next[0]
     if not torch.compiler.is_compiling() and transforms_active():
         # functorch and forward-mode AD differentiate the plain formula: it composes with every transform.
-        return reference.plain_forward(x, h, c, w_ih, w_hh, b_ih, b_hh)
+        return without_autocast(reference.plain_forward)(x, h, c, w_ih, w_hh, b_ih, b_hh)
     save = _wants_gradient(x, h, c, w_ih, w_hh, b_ih, b_hh)
     h_next, c_next, _ = LSTM_STEP(x, h, c, w_ih, w_hh, b_ih, b_hh, save, current_precision())
     return h_next, c_next
@@ -119,6 +121,14 @@ def _wants_gradient(
     )
 
 
+def _pair(state: Any) -> State:
+    if isinstance(state, Tensor) or not hasattr(state, "__len__") or len(state) != 2:
+        shown = f"{type(state).__name__} of {len(state)}" if isinstance(state, (tuple, list)) else type(state).__name__
+        raise TypeError(f"lstm_step: state must be a pair (h, c), got {shown}")
+    h, c = state
+    return h, c
+
+
 def _step_inplace(
     x: Tensor, h: Tensor, c: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None
 ) -> State:
@@ -130,9 +140,13 @@ def _step_inplace(
             raise ValueError(f"lstm_step: inplace needs h and c of one width, got {h.shape[-1]} and {c.shape[-1]}")
         if _wants_gradient(x, h, c, w_ih, w_hh, b_ih, b_hh):
             raise ValueError("lstm_step: inplace=True has no gradient; use torch.no_grad() or inplace=False")
-        step = LSTM_STEP_INPLACE.native if native else LSTM_STEP_INPLACE
-        batched = (x, h, c) if x.dim() == 2 else (x[None], h[None], c[None])
-        step(*batched, w_ih, w_hh, b_ih, b_hh, current_precision())
+        if native and (h.is_neg() or c.is_neg()):
+            check_writable("lstm_step", {"h": h, "c": c})
+        if native:  # it refuses states that overlap before it writes
+            LSTM_STEP_INPLACE.native(x, h, c, w_ih, w_hh, b_ih, b_hh, current_precision())
+            increment_version((h, c))
+        else:
+            step_inplace(LSTM_STEP_INPLACE, x, {"h": h, "c": c}, (w_ih, w_hh, b_ih, b_hh))
     except (TypeError, ValueError, RuntimeError, AttributeError):
         _check(x, h, c, w_ih, w_hh, b_ih, b_hh)
         raise
@@ -264,11 +278,9 @@ class LSTMStepFunction(torch.autograd.Function):
         x, h, c, w_ih, w_hh, b_ih, b_hh, c_next, gates = ctx.saved_tensors
         needs = ctx.needs_input_grad
         mask = (*needs[:5], needs[5] or needs[6])
-        if torch.is_grad_enabled() or not ctx.saved_gates:
+        if torch.is_grad_enabled() or not ctx.saved_gates or transforms_active():
             # Somebody differentiates this backward: evaluate the formula on tensors that are connected to the graph.
-            gates = reference.gates(x, h, w_ih, w_hh, b_ih, b_hh)
-            _, c_next = reference.cell(gates, c)
-            results = reference.backward(grad_h, grad_c, x, h, c, c_next, w_ih, w_hh, gates, mask, ctx.precision)
+            results = _formula_gradients(grad_h, grad_c, x, h, c, w_ih, w_hh, b_ih, b_hh, mask, ctx.precision)
         else:
             results = LSTM_STEP_BACKWARD.below_autograd(
                 grad_h, grad_c, x, h, c, c_next, w_ih, w_hh, gates, mask, ctx.precision, forced=ctx.forced
@@ -289,13 +301,32 @@ class NativeLSTMStepFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_h: Tensor, grad_c: Tensor, _: None) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack():
+        if torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack() or transforms_active():
             return LSTMStepFunction.backward(ctx, grad_h, grad_c, _)
         x, h, c, w_ih, w_hh, _, _, c_next, gates = ctx.saved_tensors
         needs = ctx.needs_input_grad
         mask = (*needs[:5], needs[5] or needs[6])
         results = LSTM_STEP_BACKWARD.native(grad_h, grad_c, x, h, c, c_next, w_ih, w_hh, gates, mask, ctx.precision)
         return _by_argument(results, needs)
+
+
+@without_autocast
+def _formula_gradients(
+    grad_h: Tensor,
+    grad_c: Tensor,
+    x: Tensor,
+    h: Tensor,
+    c: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    mask: reference.Mask,
+    precision: int,
+) -> tuple[Tensor, ...]:
+    gates = reference.gates(x, h, w_ih, w_hh, b_ih, b_hh)
+    _, c_next = reference.cell(gates, c)
+    return reference.backward(grad_h, grad_c, x, h, c, c_next, w_ih, w_hh, gates, mask, precision)
 
 
 def _by_argument(results: tuple[Tensor, ...], needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:

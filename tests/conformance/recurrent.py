@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -79,6 +80,20 @@ Product = Callable[[Tensor, Tensor], Tensor]
 def backwards_product(weight: Tensor, vector: Tensor) -> Tensor:
     """The same product, summed from the other end."""
     return weight.flip(1) @ vector.flip(0)
+
+
+def shuffled_product(weight: Tensor, vector: Tensor, *, seed: int) -> Tensor:
+    """weight·vector, summed in an order of its own."""
+    order = torch.randperm(len(vector), generator=torch.Generator().manual_seed(seed))
+    return weight[:, order] @ vector[order]
+
+
+PRODUCTS: tuple[Product, ...] = (
+    torch.mv,
+    backwards_product,
+    partial(shuffled_product, seed=1),
+    partial(shuffled_product, seed=2),
+)
 
 
 def input_part(call: Call, row: int, step: int, product: Product) -> Tensor:
@@ -353,7 +368,8 @@ def assert_no_worse_than_eager(
 ) -> None:
     """Error ≤ factor × eager's own error in the same dtype, plus two roundings of the largest value.
 
-    Eager's is the larger of two runs that sum in opposite orders: over nine units, one run's largest error is a matter of luck.
+    Eager's is the largest of four runs that sum in different orders: over nine units, one run's largest error is a matter of
+    luck. (Saturated GRU, gradient of h, 40 draws: geometric means 2.0e-6 and 1.7e-6 for two of eager's orders, 1.5e-6 native.)
 
     Nor is the error biased: truncating instead of rounding puts its mean at half of its maximum.
     """

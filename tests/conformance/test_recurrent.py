@@ -70,7 +70,7 @@ def expectation(kind: str, case: suite.Case, dtype: torch.dtype) -> tuple[Any, .
     seeds = suite.gradient_seeds(wide, truth)
     truth_gradients = suite.gradients(wide, suite.naive, seeds)
     eager, eager_gradients = [], []
-    for product in (torch.mv, suite.backwards_product) if dtype != torch.float64 else ():
+    for product in suite.PRODUCTS if dtype != torch.float64 else ():
         run = partial(suite.naive, product=product)
         eager.append(run(call))
         eager_gradients.append(suite.gradients(call, run, seeds))

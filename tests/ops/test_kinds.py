@@ -143,3 +143,44 @@ def test_sparse_options_are_refused(option: str) -> None:
 def test_a_module_refuses_sparse_input(ours: Any) -> None:
     with pytest.raises(TypeError, match=f"{ours.__name__}: input must be a dense tensor, got layout torch.sparse_coo"):
         ours(D, H)(torch.zeros(6, B, D).to_sparse())
+
+
+def freed(tensor: Tensor) -> Tensor:
+    """As sharded training leaves a parameter between two uses."""
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+@pytest.mark.parametrize("which", range(7))
+def test_a_step_refuses_tensors_whose_storage_was_freed(which: int) -> None:
+    args = [torch.randn(shape) for shape in ((3, 4), (3, 5), (3, 5), (20, 4), (20, 5), (20,), (20,))]
+    freed(args[which])
+    with pytest.raises(RuntimeError, match="no memory|not allocated"):
+        sf.lstm_step(args[0], (args[1], args[2]), *args[3:])
+
+
+@pytest.mark.parametrize("which", range(5))
+def test_a_sequence_refuses_tensors_whose_storage_was_freed(which: int) -> None:
+    args = [torch.randn(shape) for shape in ((6, 3, 4), (20, 4), (20, 5), (20,), (20,))]
+    freed(args[which])
+    with pytest.raises(RuntimeError, match="no memory|not allocated"):
+        sf.lstm(args[0], None, args[1:])
+
+
+@pytest.mark.parametrize("which", range(2))
+def test_a_rank_refuses_tensors_whose_storage_was_freed(which: int) -> None:
+    args = [torch.randn(2, 8), torch.randn(10, 8)]
+    freed(args[which])
+    with pytest.raises(RuntimeError, match="no memory|not allocated"):
+        sf.catalogue_rank(args[0], args[1], torch.tensor([1, 2]))
+
+
+def test_fake_tensors_outside_their_mode() -> None:
+    from torch._subclasses import FakeTensorMode
+
+    fake = FakeTensorMode().from_tensor
+    weights = [fake(torch.randn(shape)) for shape in ((20, 4), (20, 5), (20,), (20,))]
+    h, c = sf.lstm_step(fake(torch.randn(3, 4)), (fake(torch.randn(3, 5)), fake(torch.randn(3, 5))), *weights)
+    assert h.shape == c.shape == (3, 5)
+    rank = sf.catalogue_rank(fake(torch.randn(2, 8)), fake(torch.randn(10, 8)), fake(torch.tensor([1, 2])))
+    assert rank.shape == (2,)

@@ -1,0 +1,523 @@
+// Registration of the whole-sequence operators for CPU tensors: arguments, tiles of rows, threads, choice of the tier.
+// Types and shapes were explained in Python; they are checked again so that a direct call stays within its arrays.
+#include <cstring>
+#include <memory>
+#include <numeric>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "common/cpu_tier.h"
+#include "recurrent/cpu_call.h"
+#include "recurrent/sequence.h"
+
+namespace seqrec_fast {
+namespace {
+
+using Optional = std::optional<Tensor>;
+
+const SequenceKernels& kernels() {
+#if defined(__x86_64__)
+  switch (cpu_tier()) {
+    case CpuTier::kAmx:
+      return tier_amx::sequence_kernels;
+    case CpuTier::kAvx512:
+      return tier_avx512::sequence_kernels;
+    case CpuTier::kAvx2:
+      return tier_avx2::sequence_kernels;
+    case CpuTier::kDefault:
+      break;
+  }
+#endif
+  return tier_default::sequence_kernels;
+}
+
+// What a scalar is computed in.
+size_t wide_bytes(Scalar scalar) { return scalar == Scalar::kDouble ? 8 : 4; }
+int32_t wide_dtype(Scalar scalar) {
+  return scalar == Scalar::kDouble ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
+}
+
+// Memory that begins on a cache line.
+class Memory {
+ public:
+  explicit Memory(int64_t bytes) : memory_(std::make_unique_for_overwrite<char[]>(bytes + 64)) {}
+  void* get() const { return (void*)(((uintptr_t)memory_.get() + 63) / 64 * 64); }
+
+ private:
+  std::unique_ptr<char[]> memory_;
+};
+
+// An integer tensor of either width as int64.
+std::vector<int64_t> integers(const Tensor& tensor) {
+  const Array array(tensor);
+  const int64_t count = tensor.numel();
+  std::vector<int64_t> values(count);
+  const void* data = array;
+  if (tensor.scalar_type() == ScalarType::Long)
+    std::copy_n((const int64_t*)data, count, values.begin());
+  else if (tensor.scalar_type() == ScalarType::Int)
+    std::copy_n((const int32_t*)data, count, values.begin());
+  else
+    throw std::invalid_argument("lengths and ids must be int64 or int32");
+  return values;
+}
+
+// The arguments of lstm and gru in one place, as arrays that live as long as this.
+struct Arguments {
+  const char* operator_name;
+  CellKind kind;
+  const Tensor &x, &h;
+  const Tensor* c;  // null for GRU
+  const Optional& w_ih;
+  const Tensor& w_hh;
+  const Optional &b_ih, &b_hh, &ids, &lengths, &reset;
+  bool batch_first, reverse;
+};
+
+class Sequence {
+ public:
+  explicit Sequence(const Arguments& a)
+      : x_(a.x), h_(a.h), w_ih_(a.w_ih), w_hh_(a.w_hh), b_ih_(a.b_ih), b_hh_(a.b_hh), reset_(a.reset) {
+    if (a.c) c_ = Array(*a.c);
+    const Tensor& tokens = a.ids ? *a.ids : a.x;
+    const char* const name = a.operator_name;
+    check_value(tokens.dim() == (a.ids ? 2 : 3) && a.h.dim() == 2, name, ": x must be [T, B, I] and h [B, H]");
+    check_value(!a.ids || a.x.dim() == 2, name, ": with ids x must be a table [N, I]");
+    SequenceShape& s = in.shape;
+    s = {a.kind,
+         scalar_of(a.x),
+         tokens.size(a.batch_first ? 1 : 0),
+         tokens.size(a.batch_first ? 0 : 1),
+         a.x.size(a.x.dim() - 1),
+         a.h.size(1),
+         a.batch_first,
+         a.reverse,
+         !a.w_ih};
+    const int64_t gates = gate_rows(s);
+    expect(name, "h", a.h, {s.rows, s.hidden});
+    if (a.c) expect(name, "c", *a.c, {s.rows, s.hidden});
+    expect(name, "w_hh", a.w_hh, {gates, s.hidden});
+    if (a.w_ih) expect(name, "w_ih", *a.w_ih, {gates, s.input});
+    check_value(a.w_ih || s.input == gates, name, ": without w_ih x must be ", gates, " wide, got ", s.input);
+    for (const Optional* bias : {&a.b_ih, &a.b_hh})
+      if (*bias) expect(name, "a bias", **bias, {gates});
+    if (a.reset) {
+      check_value(a.reset->scalar_type() == ScalarType::Bool && a.reset->dim() == 2 && a.reset->size(0) == s.rows &&
+                      a.reset->size(1) == s.steps,
+                  name, ": reset must be bool [", s.rows, ", ", s.steps, "]");
+    }
+    set_lengths(name, a.lengths);
+    in.x = x_;
+    in.h = h_;
+    in.c = a.c ? (const void*)c_ : nullptr;
+    in.w_ih = w_ih_;
+    in.w_hh = w_hh_;
+    in.b_ih = b_ih_;
+    in.b_hh = b_hh_;
+    in.reset = (const bool*)(const void*)reset_;
+    if (a.ids) set_ids(name, *a.ids, a.x.size(0));
+  }
+
+  // `tensor` must have the dtype of x (or, `wide`, what that is computed in) and this shape.
+  void expect(const char* name, const char* what, const Tensor& tensor, std::initializer_list<int64_t> shape,
+              bool wide = false) const {
+    const Scalar scalar = in.shape.scalar;
+    bool fits = tensor.dim() == (int64_t)shape.size() &&
+                scalar_of(tensor) == (wide && scalar != Scalar::kDouble ? Scalar::kFloat : scalar);
+    for (size_t i = 0; fits && i < shape.size(); ++i) fits = tensor.size(i) == shape.begin()[i];
+    check_value(fits, name, ": ", what, " has a shape or dtype that does not fit the other arguments");
+  }
+
+  int64_t first() const { return in.shape.batch_first ? in.shape.rows : in.shape.steps; }
+  int64_t second() const { return in.shape.batch_first ? in.shape.steps : in.shape.rows; }
+  // Every token is real.
+  bool full() const { return full_; }
+  int64_t tokens() const { return tokens_; }
+
+  // Bytes beyond the tokens of an array [T·B, width] become 0.
+  void clear_padding(void* array, int64_t bytes) const {
+    if (full_) return;
+    const SequenceShape& s = in.shape;
+    for (int64_t row = 0; row < s.rows; ++row)
+      for (int64_t step = length_[row]; step < s.steps; ++step)
+        std::memset((char*)array + token_index(s, step, row) * bytes, 0, bytes);
+  }
+
+  // The rows in parts · tiles_of_a_part tiles of like work: by falling length, dealt out in turn. Calls
+  // use(part, its tiles), each part on one thread.
+  template <class Use>
+  void for_each_tile(int64_t parts, int64_t tiles_of_a_part, const Use& use) const {
+    std::vector<int64_t> order(in.shape.rows);
+    std::iota(order.begin(), order.end(), 0);
+    if (!full_)
+      std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return length_[a] > length_[b]; });
+    const int64_t all = parts * tiles_of_a_part;
+    torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+      std::vector<std::vector<int64_t>> row(tiles_of_a_part), length(tiles_of_a_part);
+      std::vector<RowTile> tiles(tiles_of_a_part);
+      for (int64_t part = begin; part < end; ++part) {
+        for (int64_t tile = 0; tile < tiles_of_a_part; ++tile) {
+          row[tile].clear();
+          length[tile].clear();
+          for (size_t i = part + tile * parts; i < order.size(); i += all) {
+            row[tile].push_back(order[i]);
+            length[tile].push_back(length_[order[i]]);
+          }
+          tiles[tile] = {row[tile].data(), length[tile].data(), (int64_t)row[tile].size()};
+        }
+        use(part, tiles.data());
+      }
+    });
+  }
+
+  // Calls use(token) for the real tokens, in one order for all callers.
+  template <class Use>
+  void for_each_token(const Use& use) const {
+    const SequenceShape& s = in.shape;
+    for (int64_t step = 0; step < s.steps; ++step)
+      for (int64_t row = 0; row < s.rows; ++row)
+        if (step < length_[row]) use(token_index(s, step, row));
+  }
+
+  SequenceInputs in{};
+
+ private:
+  void set_lengths(const char* name, const Optional& lengths) {
+    const SequenceShape& s = in.shape;
+    if (lengths) {
+      length_ = integers(*lengths);
+      check_value((int64_t)length_.size() == s.rows, name, ": lengths must have shape [", s.rows, "]");
+      for (int64_t row = 0; row < s.rows; ++row)
+        check_value(length_[row] >= 0 && length_[row] <= s.steps, name, ": lengths must lie in 0…", s.steps,
+                    " (the number of steps), got ", length_[row], " for row ", row);
+    } else {
+      length_.assign(s.rows, s.steps);
+    }
+    tokens_ = std::accumulate(length_.begin(), length_.end(), int64_t{0});
+    full_ = tokens_ == s.rows * s.steps;
+  }
+
+  void set_ids(const char* name, const Tensor& ids, int64_t count) {
+    ids_ = integers(ids);
+    const SequenceShape& s = in.shape;
+    for (int64_t row = 0; row < s.rows; ++row)
+      for (int64_t step = 0; step < length_[row]; ++step) {
+        const int64_t id = ids_[token_index(s, step, row)];
+        check_index(id >= 0 && id < count, name, ": ids must lie in 0…", count - 1, " (the rows of the table), got ",
+                    id);
+      }
+    in.ids = ids_.data();
+  }
+
+  Array x_, h_, w_ih_, w_hh_, b_ih_, b_hh_, reset_;
+  Array c_{Optional{}};
+  std::vector<int64_t> length_, ids_;
+  int64_t tokens_ = 0;
+  bool full_ = true;
+};
+
+Memory packed_weights(const SequenceInputs& in) {
+  Memory packed(kernels().packed_bytes(in.shape));
+  const int64_t weights = gate_rows(in.shape) * (in.shape.input + in.shape.hidden);
+  in_parallel(kernels().pack_blocks(in.shape), 8 * weights,
+              [&](int64_t begin, int64_t end) { kernels().pack(in, packed.get(), begin, end); });
+  return packed;
+}
+
+int64_t rounded_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
+
+// ---- forward
+// -----------------------------------------------------------------------------------------------------------
+
+// Rows that a thread takes through the steps at once: their states and inputs stay in L2 beside the weights.
+constexpr int64_t kForwardRows = 96;
+
+struct ForwardResults {
+  Optional output, c_n, cells, gates;
+  Tensor h_n;
+};
+
+ForwardResults run_forward(const Sequence& sequence, const Tensor& like, bool last_only, int64_t save) {
+  const SequenceShape& s = sequence.in.shape;
+  const bool lstm = s.kind == CellKind::kLstm;
+  enum { kNothing, kStates, kGates };
+  ForwardResults found{{}, {}, {}, {}, empty({s.rows, s.hidden}, like)};
+  const bool wants_output = !last_only || save != kNothing;
+  found.output = wants_output ? empty({sequence.first(), sequence.second(), s.hidden}, like) : empty({0}, like);
+  if (lstm) {
+    found.c_n = empty({s.rows, s.hidden}, like);
+    found.cells =
+        save != kNothing ? empty({s.steps, s.rows, s.hidden}, wide_dtype(s.scalar)) : empty({0}, wide_dtype(s.scalar));
+  }
+  found.gates = save == kGates ? empty({s.steps, s.rows, kSumCount * s.hidden}, like) : empty({0}, like);
+  if (s.rows == 0 || s.hidden == 0) return found;
+  const auto data = [](bool wanted, const Optional& tensor) { return wanted ? tensor->mutable_data_ptr() : nullptr; };
+  const Memory packed = packed_weights(sequence.in);
+  const SequenceForward call{sequence.in,
+                             packed.get(),
+                             data(wants_output, found.output),
+                             found.h_n.mutable_data_ptr(),
+                             data(lstm, found.c_n),
+                             data(lstm && save != kNothing, found.cells),
+                             data(save == kGates, found.gates)};
+  if (call.output) sequence.clear_padding(call.output, s.hidden * width(s.scalar));
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), s.rows);
+  const int64_t tiles = std::min(s.rows, rounded_up((s.rows + kForwardRows - 1) / kForwardRows, threads));
+  sequence.for_each_tile(tiles, 1, [&](int64_t, const RowTile* tile) {
+    const Memory scratch(kernels().forward_scratch(s, tile->count));
+    kernels().forward(call, *tile, scratch.get());
+  });
+  return found;
+}
+
+// ---- backward
+// ----------------------------------------------------------------------------------------------------------
+
+// The gradients of the weights are summed in as many parts as the batch alone decides, so that their bits do not depend
+// on the threads; a part may take several tiles of rows, one after the other.
+constexpr int64_t kMostParts = 16, kRowsOfAPart = 4, kBackwardRows = 64;
+
+int64_t backward_parts(int64_t rows) {
+  int64_t parts = 1;
+  while (parts < kMostParts && parts * 2 * kRowsOfAPart <= rows) parts *= 2;
+  return parts;
+}
+
+struct Wanted {
+  bool x, h, c, w_ih, w_hh, b;
+};
+
+struct BackwardResults {
+  Tensor dx, dh, dc, dw_ih, dw_hh;
+  std::vector<Tensor> db;  // of the input's sums and of the hidden state's
+};
+
+// table[id] += rows[token] for every token in order; each thread has its own range of ids.
+template <class S>
+void add_to_table(const Sequence& sequence, const S* rows, S* table, int64_t count) {
+  const SequenceShape& s = sequence.in.shape;
+  const int64_t ranges = std::min<int64_t>(count, 64);
+  in_parallel(ranges, sequence.tokens() * s.input * 8, [&](int64_t begin, int64_t end) {
+    const int64_t first = count * begin / ranges, last = count * end / ranges;
+    sequence.for_each_token([&](int64_t token) {
+      const int64_t id = sequence.in.ids[token];
+      if (id < first || id >= last) return;
+      for (int64_t i = 0; i < s.input; ++i) table[id * s.input + i] += rows[token * s.input + i];
+    });
+  });
+}
+
+// The partial sums of the gradients of the weights: for each part dw_ih, dw_hh and the gradients of the four sums.
+class Parts {
+ public:
+  Parts(const SequenceShape& s, const Wanted& wanted)
+      : scalar_(s.scalar),
+        bytes_(wide_bytes(s.scalar)),
+        count_(backward_parts(s.rows)),
+        sizes_{wanted.w_ih ? gate_rows(s) * s.input : 0, wanted.w_hh ? gate_rows(s) * s.hidden : 0,
+               wanted.b ? kSumCount * s.hidden : 0},
+        memory_(count_ * total() * bytes_) {}
+
+  int64_t count() const { return count_; }
+  SequencePartial clear(int64_t part) {
+    char* const begin = at(part, 0);
+    std::memset(begin, 0, total() * bytes_);
+    return {sizes_[0] ? begin : nullptr, sizes_[1] ? begin + sizes_[0] * bytes_ : nullptr,
+            sizes_[2] ? begin + (sizes_[0] + sizes_[1]) * bytes_ : nullptr};
+  }
+  // to[0 …] = the total of array `which` (0: dw_ih, 1: dw_hh, 2: the sums), numbers first … first + size - 1.
+  void total(int which, int64_t first, int64_t size, void* to) const {
+    std::vector<const void*> from(count_);
+    const int64_t offset = (which > 0 ? sizes_[0] : 0) + (which > 1 ? sizes_[1] : 0) + first;
+    for (int64_t part = 0; part < count_; ++part) from[part] = at(part, offset);
+    constexpr int64_t kBlock = 4096;  // numbers
+    in_parallel((size + kBlock - 1) / kBlock, size * count_ * 20, [&](int64_t begin, int64_t end) {
+      kernels().add_parts(scalar_, from.data(), count_, to, begin * kBlock, std::min(end * kBlock, size));
+    });
+  }
+
+ private:
+  int64_t total() const { return sizes_[0] + sizes_[1] + sizes_[2]; }
+  char* at(int64_t part, int64_t offset) const { return (char*)memory_.get() + (part * total() + offset) * bytes_; }
+
+  Scalar scalar_;
+  int64_t bytes_, count_;
+  std::array<int64_t, 3> sizes_;
+  Memory memory_;
+};
+
+BackwardResults run_backward(const Sequence& sequence, const Arguments& a, const std::array<Optional, 3>& grads,
+                             const Tensor& output, const Tensor* cells, const Tensor& gates, const Wanted& wanted) {
+  const SequenceShape& s = sequence.in.shape;
+  const char* const name = a.operator_name;
+  const bool lstm = s.kind == CellKind::kLstm;
+  if (grads[0]) sequence.expect(name, "grad_output", *grads[0], {sequence.first(), sequence.second(), s.hidden});
+  for (int i = 1; i < 3; ++i)
+    if (grads[i]) sequence.expect(name, "the gradient of a state", *grads[i], {s.rows, s.hidden});
+  sequence.expect(name, "output", output, {sequence.first(), sequence.second(), s.hidden});
+  if (lstm) sequence.expect(name, "cells", *cells, {s.steps, s.rows, s.hidden}, true);
+  const bool saved_gates = gates.dim() == 3;
+  if (saved_gates) sequence.expect(name, "gates", gates, {s.steps, s.rows, kSumCount * s.hidden});
+
+  const int64_t gate_count = gate_rows(s);
+  const auto result = [&](bool asked, std::initializer_list<int64_t> shape) {
+    return asked ? empty(shape, a.x) : empty({0}, a.x);
+  };
+  BackwardResults found{
+      a.ids ? result(wanted.x, {a.x.size(0), s.input})
+            : result(wanted.x, {sequence.first(), sequence.second(), s.input}),
+      result(wanted.h, {s.rows, s.hidden}),
+      result(wanted.c, {s.rows, s.hidden}),
+      result(wanted.w_ih, {gate_count, s.input}),
+      result(wanted.w_hh, {gate_count, s.hidden}),
+      {result(wanted.b, {gate_count}), result(wanted.b && !lstm, {gate_count})},
+  };
+  const auto data = [](bool asked, const Tensor& tensor) { return asked ? tensor.mutable_data_ptr() : nullptr; };
+
+  const Array grad_output(grads[0]), grad_h_n(grads[1]), grad_c_n(grads[2]), output_array(output), gates_array(gates);
+  const Array cells_array = cells ? Array(*cells) : Array(Optional{});
+  const std::optional<Memory> packed = saved_gates ? std::nullopt : std::optional<Memory>(packed_weights(sequence.in));
+  // A table's gradient is summed before it is rounded.
+  const int64_t wide = wide_bytes(s.scalar), token_count = s.steps * s.rows;
+  const std::optional<Memory> token_rows =
+      a.ids && wanted.x ? std::optional<Memory>(token_count * s.input * wide) : std::nullopt;
+  const SequenceBackward call{sequence.in,
+                              packed ? packed->get() : nullptr,
+                              output_array,
+                              cells_array,
+                              saved_gates ? (const void*)gates_array : nullptr,
+                              grad_output,
+                              grad_h_n,
+                              grad_c_n,
+                              token_rows ? token_rows->get() : data(wanted.x, found.dx),
+                              token_rows.has_value(),
+                              data(wanted.h, found.dh),
+                              data(wanted.c, found.dc)};
+  if (call.dx && !token_rows) sequence.clear_padding(call.dx, s.input * width(s.scalar));
+
+  Parts parts(s, wanted);
+  const int64_t rows_of_a_part = (s.rows + parts.count() - 1) / parts.count();
+  const int64_t tiles_of_a_part = std::max<int64_t>(1, (rows_of_a_part + kBackwardRows - 1) / kBackwardRows);
+  sequence.for_each_tile(parts.count(), tiles_of_a_part, [&](int64_t part, const RowTile* tiles) {
+    const SequencePartial partial = parts.clear(part);
+    const Memory scratch(kernels().backward_scratch(s, tiles[0].count));
+    for (int64_t i = 0; i < tiles_of_a_part; ++i) kernels().backward(call, tiles[i], partial, scratch.get());
+  });
+
+  if (wanted.w_ih) parts.total(0, 0, gate_count * s.input, found.dw_ih.mutable_data_ptr());
+  if (wanted.w_hh) parts.total(1, 0, gate_count * s.hidden, found.dw_hh.mutable_data_ptr());
+  if (wanted.b) parts.total(2, 0, gate_count, found.db[0].mutable_data_ptr());
+  if (wanted.b && !lstm) {
+    char* const db_hh = (char*)found.db[1].mutable_data_ptr();
+    parts.total(2, 0, 2 * s.hidden, db_hh);
+    parts.total(2, 3 * s.hidden, s.hidden, db_hh + 2 * s.hidden * width(s.scalar));
+  }
+  if (token_rows) {
+    const int64_t numbers = a.x.size(0) * s.input;
+    const Memory table(numbers * wide);
+    std::memset(table.get(), 0, numbers * wide);
+    if (s.scalar == Scalar::kDouble)
+      add_to_table(sequence, (const double*)token_rows->get(), (double*)table.get(), a.x.size(0));
+    else
+      add_to_table(sequence, (const float*)token_rows->get(), (float*)table.get(), a.x.size(0));
+    const void* const part = table.get();
+    kernels().add_parts(s.scalar, &part, 1, found.dx.mutable_data_ptr(), 0, numbers);
+  }
+  return found;
+}
+
+// ---- the operators
+// ------------------------------------------------------------------------------------------------------
+
+// Options of the schema that only the reference has: _dispatch.py does not send them here.
+void refuse(const char* name, std::initializer_list<const Optional*> tensors, double zoneout, double dropout) {
+  for (const Optional* tensor : tensors)
+    check_value(!*tensor, name, ": the native CPU kernel has no projection and no layer normalisation");
+  check_value(zoneout == 0 && dropout == 0, name, ": the native CPU kernel has no zoneout and no recurrent dropout");
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm(
+    const Tensor& x, const Tensor& h, const Tensor& c, const Optional& w_ih, const Tensor& w_hh, const Optional& b_ih,
+    const Optional& b_hh, const Optional& w_hr, const Optional& ln_ih, const Optional& ln_hh, const Optional& ln_c,
+    const Optional& ln_c_bias, const Optional& ids, const Optional& lengths, const Optional& reset,
+    const Optional& /*seed*/, bool batch_first, bool reverse, bool last_only, int64_t save, double zoneout,
+    double recurrent_dropout, int64_t /*stream*/, int64_t /*precision*/) {
+  refuse("lstm", {&w_hr, &ln_ih, &ln_hh, &ln_c, &ln_c_bias}, zoneout, recurrent_dropout);
+  const Sequence sequence(
+      {"lstm", CellKind::kLstm, x, h, &c, w_ih, w_hh, b_ih, b_hh, ids, lengths, reset, batch_first, reverse});
+  ForwardResults found = run_forward(sequence, x, last_only, save);
+  return {std::move(*found.output), std::move(found.h_n), std::move(*found.c_n), std::move(*found.cells),
+          std::move(*found.gates)};
+}
+
+std::tuple<Tensor, Tensor, Tensor> gru(const Tensor& x, const Tensor& h, const Optional& w_ih, const Tensor& w_hh,
+                                       const Optional& b_ih, const Optional& b_hh, const Optional& ln_ih,
+                                       const Optional& ln_hh, const Optional& ids, const Optional& lengths,
+                                       const Optional& reset, const Optional& /*seed*/, bool batch_first, bool reverse,
+                                       bool last_only, int64_t save, double zoneout, double recurrent_dropout,
+                                       int64_t /*stream*/, int64_t /*precision*/) {
+  refuse("gru", {&ln_ih, &ln_hh}, zoneout, recurrent_dropout);
+  const Sequence sequence(
+      {"gru", CellKind::kGru, x, h, nullptr, w_ih, w_hh, b_ih, b_hh, ids, lengths, reset, batch_first, reverse});
+  ForwardResults found = run_forward(sequence, x, last_only, save);
+  return {std::move(*found.output), std::move(found.h_n), std::move(*found.gates)};
+}
+
+using ElevenTensors =
+    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+ElevenTensors lstm_backward(const Optional& grad_output, const Optional& grad_h_n, const Optional& grad_c_n,
+                            const Tensor& x, const Tensor& h, const Tensor& c, const Optional& w_ih, const Tensor& w_hh,
+                            const Optional& b_ih, const Optional& b_hh, const Optional& w_hr, const Optional& ln_ih,
+                            const Optional& ln_hh, const Optional& ln_c, const Optional& ln_c_bias, const Optional& ids,
+                            const Optional& lengths, const Optional& reset, const Optional& /*seed*/, bool batch_first,
+                            bool reverse, bool /*last_only*/, int64_t /*save*/, double zoneout,
+                            double recurrent_dropout, int64_t /*stream*/, int64_t /*precision*/, const Tensor& output,
+                            const Tensor& cells, const Tensor& gates, const std::vector<bool>& output_mask) {
+  refuse("lstm_backward", {&w_hr, &ln_ih, &ln_hh, &ln_c, &ln_c_bias}, zoneout, recurrent_dropout);
+  check_value(output_mask.size() == 11, "lstm_backward: output_mask must have 11 entries, got ", output_mask.size());
+  const Arguments arguments{"lstm", CellKind::kLstm, x,     h,           &c,     w_ih, w_hh, b_ih, b_hh,
+                            ids,    lengths,         reset, batch_first, reverse};
+  const Sequence sequence(arguments);
+  const auto& m = output_mask;
+  BackwardResults found = run_backward(sequence, arguments, {grad_output, grad_h_n, grad_c_n}, output, &cells, gates,
+                                       {m[0], m[1], m[2], m[3] && w_ih, m[4], m[5]});
+  return {std::move(found.dx),    std::move(found.dh),    std::move(found.dc), std::move(found.dw_ih),
+          std::move(found.dw_hh), std::move(found.db[0]), empty({0}, x),       empty({0}, x),
+          empty({0}, x),          empty({0}, x),          empty({0}, x)};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gru_backward(
+    const Optional& grad_output, const Optional& grad_h_n, const Tensor& x, const Tensor& h, const Optional& w_ih,
+    const Tensor& w_hh, const Optional& b_ih, const Optional& b_hh, const Optional& ln_ih, const Optional& ln_hh,
+    const Optional& ids, const Optional& lengths, const Optional& reset, const Optional& /*seed*/, bool batch_first,
+    bool reverse, bool /*last_only*/, int64_t /*save*/, double zoneout, double recurrent_dropout, int64_t /*stream*/,
+    int64_t /*precision*/, const Tensor& output, const Tensor& gates, const std::vector<bool>& output_mask) {
+  refuse("gru_backward", {&ln_ih, &ln_hh}, zoneout, recurrent_dropout);
+  check_value(output_mask.size() == 8, "gru_backward: output_mask must have 8 entries, got ", output_mask.size());
+  const Arguments arguments{"gru", CellKind::kGru, x,   h,       nullptr, w_ih,        w_hh,
+                            b_ih,  b_hh,           ids, lengths, reset,   batch_first, reverse};
+  const Sequence sequence(arguments);
+  const auto& m = output_mask;
+  BackwardResults found = run_backward(sequence, arguments, {grad_output, grad_h_n, {}}, output, nullptr, gates,
+                                       {m[0], m[1], false, m[2] && w_ih, m[3], m[4] || m[5]});
+  return {std::move(found.dx),
+          std::move(found.dh),
+          std::move(found.dw_ih),
+          std::move(found.dw_hh),
+          m[4] ? std::move(found.db[0]) : empty({0}, x),
+          m[5] ? std::move(found.db[1]) : empty({0}, x),
+          empty({0}, x),
+          empty({0}, x)};
+}
+
+}  // namespace
+}  // namespace seqrec_fast
+
+STABLE_TORCH_LIBRARY_IMPL(seqrec_fast_native, CPU, m) {
+  m.impl("lstm", TORCH_BOX(&seqrec_fast::lstm));
+  m.impl("lstm_backward", TORCH_BOX(&seqrec_fast::lstm_backward));
+  m.impl("gru", TORCH_BOX(&seqrec_fast::gru));
+  m.impl("gru_backward", TORCH_BOX(&seqrec_fast::gru_backward));
+}

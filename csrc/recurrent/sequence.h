@@ -1,0 +1,101 @@
+// What registration code knows of the whole-sequence kernels: plain structs of raw pointers. Every array is contiguous
+// and of shape.scalar unless said otherwise; S is what that scalar is computed in (float, or double for double).
+#pragma once
+
+#include "kernels.h"
+
+namespace seqrec_fast {
+
+enum class CellKind : int { kLstm, kGru };
+
+// Rows of a weight belong to this many gates. Four numbers a unit come out of a step's products: GRU keeps the parts of
+// n that x and h make apart.
+static constexpr int64_t gate_count(CellKind kind) { return kind == CellKind::kLstm ? 4 : 3; }
+constexpr int64_t kSumCount = 4;
+
+struct SequenceShape {
+  CellKind kind;
+  Scalar scalar;
+  int64_t steps, rows, input, hidden;  // T, B, I, H
+  bool batch_first, reverse;
+  bool projected;  // x is W_ih·x already: I = gates·H, and there is no W_ih
+};
+
+static inline int64_t gate_rows(const SequenceShape& s) { return gate_count(s.kind) * s.hidden; }
+// Index of a token in x, ids, output and their gradients; the saved states are time-major.
+static inline int64_t token_index(const SequenceShape& s, int64_t step, int64_t row) {
+  return s.batch_first ? row * s.steps + step : step * s.rows + row;
+}
+static inline int64_t saved_index(const SequenceShape& s, int64_t step, int64_t row) { return step * s.rows + row; }
+
+struct SequenceInputs {
+  SequenceShape shape;
+  const void* x;                          // [T·B, I], or with ids a table [N, I]
+  const int64_t* ids;                     // [T·B] or null
+  const void *h, *c;                      // [B, H]; c null for GRU
+  const void *w_ih, *w_hh, *b_ih, *b_hh;  // [gates·H, I], [gates·H, H], [gates·H]; null where there is none
+  const bool* reset;                      // [B, T] or null
+};
+
+// Some rows of the batch, those of greater length first. A thread takes one through all steps by itself.
+struct RowTile {
+  const int64_t *row, *length;
+  int64_t count;
+};
+
+struct SequenceForward {
+  SequenceInputs in;
+  const void* packed;        // what pack_sequence made of the weights
+  void *output, *h_n, *c_n;  // [T·B, H] or null, [B, H], [B, H]
+  void *cells, *gates;       // S [T·B, H], [T·B, 4H]; null where nothing is saved
+};
+
+struct SequenceBackward {
+  SequenceInputs in;
+  const void* packed;  // null where the gates were saved
+  const void *output, *cells, *gates;
+  const void *grad_output, *grad_h_n, *grad_c_n;  // each may be null
+  void* dx;                                       // [T·B, I] or null: one vector a token, also with ids
+  bool wide_dx;                                   // dx is of S
+  void *dh, *dc;                                  // [B, H] or null
+};
+
+// One tile's part of the gradients that sum over rows, in S; null where not wanted.
+struct SequencePartial {
+  void *dw_ih, *dw_hh;  // [gates·H, I], [gates·H, H]
+  void* db;             // [4·H], by sums
+};
+
+// Tokens whose gradients are kept before they go into the products over tokens: enough that reading and writing dW does
+// not count (1/64 of the multiply-adds), few enough that they stay in L2 beside the weights.
+constexpr int64_t kChunkTokens = 128;
+
+struct SequenceKernels {
+  int64_t (*packed_bytes)(const SequenceShape&);
+  // Blocks begin…end-1 of pack_blocks.
+  int64_t (*pack_blocks)(const SequenceShape&);
+  void (*pack)(const SequenceInputs&, void* packed, int64_t begin, int64_t end);
+  int64_t (*forward_scratch)(const SequenceShape&, int64_t count);  // bytes
+  void (*forward)(const SequenceForward&, const RowTile&, void* scratch);
+  int64_t (*backward_scratch)(const SequenceShape&, int64_t count);
+  void (*backward)(const SequenceBackward&, const RowTile&, const SequencePartial&, void* scratch);
+  // out[i] = the sum of parts[·][i], in that order, for begin <= i < end: from S to the scalar.
+  void (*add_parts)(Scalar, const void* const* parts, int64_t count, void* out, int64_t begin, int64_t end);
+};
+
+namespace tier_default {
+extern const SequenceKernels sequence_kernels;
+}
+#if defined(__x86_64__)
+namespace tier_avx2 {
+extern const SequenceKernels sequence_kernels;
+}
+namespace tier_avx512 {
+extern const SequenceKernels sequence_kernels;
+}
+namespace tier_amx {
+extern const SequenceKernels sequence_kernels;
+}
+#endif
+
+}  // namespace seqrec_fast

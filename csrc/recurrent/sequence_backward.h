@@ -1,0 +1,243 @@
+// The gradient of a recurrent layer: a tile of rows goes back through its steps; the gradients of the sums of some
+// kChunkTokens tokens are kept and then enter dx and the weights' gradients as a few products over tokens.
+//
+// Within a step: pointwise from the gradients of h and c to those of the four sums, then dh = dsums·W_hh. The gates
+// come from the forward, or are made again from the states that it saved.
+#pragma once
+
+#include "sequence_forward.h"
+
+namespace seqrec_fast::SEQREC_TIER {
+
+template <class T>
+class BackwardScratch : public Layout {
+ public:
+  using S = typename Compute<T>::Scalar;
+  struct Token {
+    int64_t step, place;
+  };
+  int64_t capacity;  // tokens
+  int64_t sums_stride;
+  S *dh, *dc;            // [count, H]
+  S* gates;              // [count, 4H] of one step, where they are made again
+  S *sums, *x, *h, *dx;  // [capacity, …]: gradients of the sums, input vectors, former states, gradients of the inputs
+  CellRow<T>* rows;
+  Token* token;
+
+  BackwardScratch(const SequenceShape& s, int64_t count, void* memory)
+      : Layout(memory), capacity(count > kChunkTokens ? count : kChunkTokens), sums_stride(gradient_stride(s.hidden)) {
+    dh = take<S>(count * s.hidden);
+    dc = take<S>(count * s.hidden);
+    gates = take<S>(count * kSumCount * s.hidden);
+    sums = take<S>(capacity * sums_stride);
+    x = take<S>(s.projected ? 0 : capacity * s.input);
+    h = take<S>(capacity * s.hidden);
+    dx = take<S>(s.projected ? 0 : capacity * s.input);
+    rows = take<CellRow<T>>(count);
+    token = take<Token>(capacity);
+  }
+};
+
+template <class T, class Cell>
+struct SequenceGradient {
+  using S = typename Compute<T>::Scalar;
+  static constexpr int kWidth = Compute<T>::kWidth;
+  const SequenceBackward& call;
+  const SequenceInputs& in;
+  const SequenceShape& shape;
+  const RowTile& tile;
+  const SequencePartial& partial;
+  BackwardScratch<T> scratch;
+  int64_t kept = 0;  // tokens of the chunk
+
+  SequenceGradient(const SequenceBackward& call, const RowTile& tile, const SequencePartial& partial, void* memory)
+      : call(call),
+        in(call.in),
+        shape(call.in.shape),
+        tile(tile),
+        partial(partial),
+        scratch(call.in.shape, tile.count, memory) {}
+
+  // The step whose results the given one started from, or -1 where that is the initial state.
+  int64_t step_before(int64_t place, int64_t step) const {
+    if (!shape.reverse) return step - 1;
+    return step + 1 < tile.length[place] ? step + 1 : -1;
+  }
+
+  // The vectors that the step of `count` rows read, as tokens kept … kept + count - 1.
+  void gather(int64_t count, int64_t step) {
+    const int64_t hidden = shape.hidden;
+    for (int64_t p = 0; p < count; ++p) {
+      const int64_t at = kept + p, row = tile.row[p], before = step_before(p, step);
+      scratch.token[at] = {step, p};
+      if (!shape.projected)
+        widen(input_vector<T>(in, token_index(shape, step, row)), shape.input, scratch.x + at * shape.input);
+      S* h = scratch.h + at * hidden;
+      if (segment_begins(in, tile, p, step)) {
+        for (int64_t i = 0; i < hidden; ++i) h[i] = 0;
+      } else {
+        widen(before < 0 ? (const T*)in.h + row * hidden
+                         : (const T*)call.output + token_index(shape, before, row) * hidden,
+              hidden, h);
+      }
+    }
+  }
+
+  void make_gates(int64_t count, int64_t step) {
+    const int64_t hidden = shape.hidden;
+    for (int64_t p = 0; p < count; ++p) {
+      const int64_t at = kept + p;
+      scratch.rows[p] = {scratch.x + at * shape.input,
+                         shape.projected ? input_vector<T>(in, token_index(shape, step, tile.row[p])) : nullptr,
+                         scratch.h + at * hidden};
+    }
+    all_sums<T, Cell>(scratch.rows, count, PackedWeights<T>(shape), call.packed,
+                      [&](int64_t p, int64_t unit, const Vector<T>(&sums)[kSumCount]) __attribute__((always_inline)) {
+                        const int units = hidden - unit < kWidth ? (int)(hidden - unit) : kWidth;
+                        const auto next = Cell::step(sums, Vector<T>{}, Vector<T>{});
+                        for (int s = 0; s < kSumCount; ++s)
+                          store_first(scratch.gates + (p * kSumCount + s) * hidden + unit, units, next.saved[s]);
+                      });
+  }
+
+  // From dh and dc after the step of row p to those before it (dh without what comes through W_hh) and the sums' own.
+  template <class G>
+  void pointwise(int64_t p, int64_t step, const G* gates) {
+    const int64_t hidden = shape.hidden, row = tile.row[p], at = kept + p, before = step_before(p, step);
+    const bool begins = segment_begins(in, tile, p, step);
+    const T* grad_output =
+        call.grad_output ? (const T*)call.grad_output + token_index(shape, step, row) * hidden : nullptr;
+    S *dh = scratch.dh + p * hidden, *dc = scratch.dc + p * hidden, *sums = scratch.sums + at * scratch.sums_stride;
+    for (int64_t unit = 0; unit < hidden; unit += kWidth) {
+      const int units = hidden - unit < kWidth ? (int)(hidden - unit) : kWidth;
+      Vector<T> saved[kSumCount];
+      for (int s = 0; s < kSumCount; ++s) saved[s] = load_first(gates + s * hidden + unit, units);
+      Vector<T> c{}, c_next{}, grad_c{}, grad_h = load_first(dh + unit, units);
+      if (grad_output) grad_h = grad_h + load_first(grad_output + unit, units);
+      if constexpr (Cell::kHasCellState) {
+        const S* cells = (const S*)call.cells + unit;
+        c_next = load_first(cells + saved_index(shape, step, row) * hidden, units);
+        grad_c = load_first(dc + unit, units);
+        if (!begins)
+          c = before < 0 ? load_first((const T*)in.c + row * hidden + unit, units)
+                         : load_first(cells + saved_index(shape, before, row) * hidden, units);
+      }
+      const auto found =
+          Cell::backward(saved, load_first(scratch.h + at * hidden + unit, units), c, c_next, grad_h, grad_c);
+      for (int s = 0; s < kSumCount; ++s) store_first(sums + s * hidden + unit, units, found.sums[s]);
+      store_first(dh + unit, units, found.dh);
+      if constexpr (Cell::kHasCellState) store_first(dc + unit, units, found.dc);
+    }
+  }
+
+  void back(int64_t count, int64_t step) {
+    const int64_t hidden = shape.hidden;
+    if (kept + count > scratch.capacity) flush();
+    gather(count, step);
+    if (call.gates == nullptr) make_gates(count, step);
+    for (int64_t p = 0; p < count; ++p) {
+      if (call.gates)
+        pointwise(p, step, (const T*)call.gates + saved_index(shape, step, tile.row[p]) * kSumCount * hidden);
+      else
+        pointwise(p, step, (const S*)scratch.gates + p * kSumCount * hidden);
+    }
+    for (int i = 0; i < Cell::kHiddenRanges; ++i) {
+      const GateRange& range = Cell::kHidden[i];
+      const Product<T, S> product{scratch.sums + kept * scratch.sums_stride + range.sum * hidden,
+                                  scratch.sums_stride,
+                                  1,
+                                  (const T*)in.w_hh + range.row * hidden * hidden,
+                                  scratch.dh,
+                                  count,
+                                  hidden,
+                                  range.count * hidden,
+                                  !Cell::kHasCellState || i > 0};
+      product_part(product, 0, 1, 1);
+    }
+    for (int64_t p = 0; p < count; ++p)
+      if (segment_begins(in, tile, p, step))
+        for (int64_t i = p * hidden; i < (p + 1) * hidden; ++i) scratch.dh[i] = scratch.dc[i] = 0;
+    kept += count;
+  }
+
+  // The products over the chunk's tokens.
+  void flush() {
+    if (kept == 0) return;
+    const int64_t hidden = shape.hidden, input = shape.input, gates = gate_rows(shape);
+    if (call.dx) {
+      if (!shape.projected)
+        product_part(
+            Product<T, S>{scratch.sums, scratch.sums_stride, 1, (const T*)in.w_ih, scratch.dx, kept, input, gates}, 0,
+            1, 1);
+      for (int64_t at = 0; at < kept; ++at) {
+        const auto [step, place] = scratch.token[at];
+        const S* from = shape.projected ? scratch.sums + at * scratch.sums_stride : scratch.dx + at * input;
+        const int64_t to = token_index(shape, step, tile.row[place]) * input;
+        if (call.wide_dx)
+          narrow(from, input, (S*)call.dx + to);
+        else
+          narrow(from, input, (T*)call.dx + to);
+      }
+    }
+    if (partial.dw_ih)
+      product_part(
+          Product<S>{scratch.sums, 1, scratch.sums_stride, scratch.x, (S*)partial.dw_ih, gates, input, kept, true}, 0,
+          1, 1);
+    if (partial.dw_hh)
+      for (const GateRange& range : Cell::kHidden)
+        product_part(
+            Product<S>{scratch.sums + range.sum * hidden, 1, scratch.sums_stride, scratch.h,
+                       (S*)partial.dw_hh + range.row * hidden * hidden, range.count * hidden, hidden, kept, true},
+            0, 1, 1);
+    if (partial.db)
+      for (int64_t i = 0; i < kSumCount * hidden; i += kWidth) {
+        const int lanes = kSumCount * hidden - i < kWidth ? (int)(kSumCount * hidden - i) : kWidth;
+        S* out = (S*)partial.db + i;
+        store_first(
+            out, lanes,
+            load_first(out, lanes) + sum_rows<true, Vector<T>>(scratch.sums + i, scratch.sums_stride, kept, lanes));
+      }
+    kept = 0;
+  }
+
+  void run() {
+    const int64_t hidden = shape.hidden;
+    for (int64_t i = 0; i < tile.count * hidden; ++i) scratch.dh[i] = scratch.dc[i] = 0;
+    for (int64_t p = 0; p < tile.count; ++p) {
+      if (call.grad_h_n) widen((const T*)call.grad_h_n + tile.row[p] * hidden, hidden, scratch.dh + p * hidden);
+      if (call.grad_c_n) widen((const T*)call.grad_c_n + tile.row[p] * hidden, hidden, scratch.dc + p * hidden);
+    }
+    int64_t count = 0;
+    for (int64_t i = 0; i < shape.steps; ++i) {
+      const int64_t at = shape.reverse ? i : shape.steps - 1 - i;
+      count = running(tile, at, count);
+      if (count) back(count, at);
+    }
+    flush();
+    for (int64_t p = 0; p < tile.count; ++p) {
+      if (call.dh) narrow(scratch.dh + p * hidden, hidden, (T*)call.dh + tile.row[p] * hidden);
+      if (call.dc) narrow(scratch.dc + p * hidden, hidden, (T*)call.dc + tile.row[p] * hidden);
+    }
+  }
+};
+
+// See SequenceKernels.
+template <class T>
+void add_parts(const void* const* parts, int64_t count, void* out, int64_t begin, int64_t end) {
+  using S = typename Compute<T>::Scalar;
+  constexpr int kWidth = Compute<T>::kWidth;
+  for (int64_t i = begin; i < end; i += kWidth) {
+    const int lanes = end - i < kWidth ? (int)(end - i) : kWidth;
+    Vector<T> sum = load_first((const S*)parts[0] + i, lanes);
+    for (int64_t p = 1; p < count; ++p) sum = sum + load_first((const S*)parts[p] + i, lanes);
+    store_first((T*)out + i, lanes, sum);
+  }
+}
+
+template <class T, class Cell>
+void sequence_backward(const SequenceBackward& call, const RowTile& tile, const SequencePartial& partial,
+                       void* memory) {
+  SequenceGradient<T, Cell>(call, tile, partial, memory).run();
+}
+
+}  // namespace seqrec_fast::SEQREC_TIER

@@ -1,0 +1,336 @@
+// A recurrent layer over whole sequences, forward. A tile of rows goes through all steps on its own, so there is no
+// barrier between steps; step t works on the rows that still run, a prefix of the tile.
+//
+// Weights are packed by blocks of as many units as a register holds: for each block four biases, then for every k one
+// register of each gate. Six rows × four sums of one block are 24 accumulators, which leave the products as the four
+// sums of 6 × 16 cells and go through the activations in registers.
+//
+// The order in which a sum is formed (products of x, of h, each in chains; then the bias) is the same for every row,
+// whatever rows are beside it.
+#pragma once
+
+#include "common/lanes.h"
+#include "common/scratch.h"
+#include "sequence_cells.h"
+
+namespace seqrec_fast::SEQREC_TIER {
+
+// Rows at once: their sums and one register of weights must fit. As kDotRows, whose accumulators are as many.
+constexpr int kCellRows = kDotRows;
+constexpr int64_t kCellChain = 128;
+
+template <class T>
+struct PackedWeights {
+  static constexpr int kWidth = Compute<T>::kWidth;
+  using S = typename Compute<T>::Scalar;
+  int64_t input, hidden, gates;
+
+  explicit PackedWeights(const SequenceShape& s)
+      : input(s.projected ? 0 : s.input), hidden(s.hidden), gates(gate_count(s.kind)) {}
+  int64_t blocks() const { return (hidden + kWidth - 1) / kWidth; }
+  int64_t hidden_part() const { return kWidth * (kSumCount + gates * input); }  // from a block's begin
+  int64_t stride() const { return hidden_part() + kWidth * gates * hidden; }    // between blocks
+};
+
+// Lane j of out[k] = row j of `from`, entry k, for the first `units` rows; 0 in the other lanes. out is strided.
+template <class T, class S>
+SEQREC_INLINE void pack_gate(const T* from, int64_t depth, int units, S* out, int64_t stride) {
+  constexpr int kWidth = Compute<T>::kWidth;
+  for (int64_t k = 0; k < depth; ++k, out += stride)
+    for (int j = 0; j < kWidth; ++j) out[j] = j < units ? value(from[j * depth + k]) : 0;
+}
+
+template <class T, class Cell>
+void pack_sequence(const SequenceInputs& in, void* packed, int64_t begin, int64_t end) {
+  using S = typename Compute<T>::Scalar;
+  constexpr int kWidth = Compute<T>::kWidth;
+  const PackedWeights<T> layout(in.shape);
+  const int64_t hidden = layout.hidden;
+  for (int64_t block = begin; block < end; ++block) {
+    const int64_t unit = block * kWidth;
+    const int units = hidden - unit < kWidth ? (int)(hidden - unit) : kWidth;
+    S* out = (S*)packed + block * layout.stride();
+    for (int i = 0; i < kSumCount * kWidth; ++i) out[i] = 0;
+    for (int g = 0; g < Cell::kGates; ++g)
+      for (int j = 0; j < units; ++j) {
+        const int64_t at = g * hidden + unit + j;
+        if (in.b_ih) out[Cell::kInputSum[g] * kWidth + j] += value(((const T*)in.b_ih)[at]);
+        if (in.b_hh) out[Cell::kHiddenSum[g] * kWidth + j] += value(((const T*)in.b_hh)[at]);
+      }
+    for (int g = 0; g < Cell::kGates; ++g) {
+      const int64_t row = g * hidden + unit, stride = Cell::kGates * kWidth;
+      pack_gate((const T*)in.w_ih + row * layout.input, layout.input, units, out + (kSumCount + g) * kWidth, stride);
+      pack_gate((const T*)in.w_hh + row * hidden, hidden, units, out + layout.hidden_part() + g * kWidth, stride);
+    }
+  }
+}
+
+// What the sums of one row are made from at a step.
+template <class T>
+struct CellRow {
+  using S = typename Compute<T>::Scalar;
+  const S* x;          // [I]
+  const T* projected;  // [gates·H] in place of x, or null
+  const S* h;          // [H]
+};
+
+// sums += weights·v of kRows rows for kBlocks blocks of units, in chains of kCellChain products: rounding errors grow
+// with the chain. The sums go to memory between two chains; all registers hold accumulators.
+template <class Cell, int kRows, int kBlocks, class V, class S>
+SEQREC_INLINE void add_products(V (&sums)[kRows][kBlocks][kSumCount], const S* const (&v)[kRows], const S* weights,
+                                int64_t block_stride, int64_t depth, const int (&target)[Cell::kGates]) {
+  constexpr int kWidth = sizeof(V) / sizeof(S);
+  for (int64_t begin = 0; begin < depth; begin += kCellChain) {
+    const int64_t end = begin + kCellChain < depth ? begin + kCellChain : depth;
+    V chain[kRows][kBlocks][Cell::kGates] = {};
+    for (int64_t k = begin; k < end; ++k, weights += Cell::kGates * kWidth) {
+      V factor[kRows];
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) factor[r] = broadcast(v[r][k]);
+#pragma GCC unroll 4
+      for (int b = 0; b < kBlocks; ++b)
+#pragma GCC unroll 4
+        for (int g = 0; g < Cell::kGates; ++g) {
+          const V w = load(weights + b * block_stride + g * kWidth);
+#pragma GCC unroll 8
+          for (int r = 0; r < kRows; ++r) chain[r][b][g] = fma(factor[r], w, chain[r][b][g]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+      for (int b = 0; b < kBlocks; ++b)
+#pragma GCC unroll 4
+        for (int g = 0; g < Cell::kGates; ++g) sums[r][b][target[g]] = sums[r][b][target[g]] + chain[r][b][g];
+  }
+}
+
+// Adds the gates that x already is.
+template <class T, class Cell>
+SEQREC_INLINE void add_projected(Vector<T> (&sums)[kSumCount], const T* projected, int64_t hidden, int64_t unit) {
+  constexpr int kWidth = Compute<T>::kWidth;
+  const int units = hidden - unit < kWidth ? (int)(hidden - unit) : kWidth;
+#pragma GCC unroll 4
+  for (int g = 0; g < Cell::kGates; ++g)
+    sums[Cell::kInputSum[g]] = sums[Cell::kInputSum[g]] + load_first(projected + g * hidden + unit, units);
+}
+
+// The four sums of kRows rows for kBlocks blocks of units, the first of which begins at `unit`.
+template <class T, class Cell, int kRows, int kBlocks>
+SEQREC_INLINE void cell_sums(Vector<T> (&sums)[kRows][kBlocks][kSumCount], const CellRow<T>* rows,
+                             const PackedWeights<T>& layout, const void* packed, int64_t unit) {
+  using S = typename Compute<T>::Scalar;
+  constexpr int kWidth = Compute<T>::kWidth;
+  const S* block = (const S*)packed + unit / kWidth * layout.stride();
+  const S *x[kRows], *h[kRows];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+    x[r] = rows[r].x;
+    h[r] = rows[r].h;
+#pragma GCC unroll 4
+    for (int b = 0; b < kBlocks; ++b) {
+#pragma GCC unroll 4
+      for (int s = 0; s < kSumCount; ++s) sums[r][b][s] = Vector<T>{};
+      if (rows[r].projected) add_projected<T, Cell>(sums[r][b], rows[r].projected, layout.hidden, unit + b * kWidth);
+    }
+  }
+  add_products<Cell, kRows, kBlocks>(sums, x, block + kSumCount * kWidth, layout.stride(), layout.input,
+                                     Cell::kInputSum);
+  add_products<Cell, kRows, kBlocks>(sums, h, block + layout.hidden_part(), layout.stride(), layout.hidden,
+                                     Cell::kHiddenSum);
+#pragma GCC unroll 4
+  for (int b = 0; b < kBlocks; ++b)
+#pragma GCC unroll 4
+    for (int s = 0; s < kSumCount; ++s) {
+      const Vector<T> bias = load(block + b * layout.stride() + s * kWidth);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) sums[r][b][s] = sums[r][b][s] + bias;
+    }
+}
+
+// Calls use(row, unit, sums) for the sums of `count` rows and every block of units.
+template <class T, class Cell, int kRows, int kBlocks, class Use>
+SEQREC_INLINE int64_t group_sums(const CellRow<T>* rows, const PackedWeights<T>& layout, const void* packed,
+                                 int64_t block, int64_t end, const Use& use) {
+  constexpr int kWidth = Compute<T>::kWidth;
+  for (; block + kBlocks <= end; block += kBlocks) {
+    Vector<T> sums[kRows][kBlocks][kSumCount];
+    cell_sums<T, Cell, kRows, kBlocks>(sums, rows, layout, packed, block * kWidth);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+      for (int b = 0; b < kBlocks; ++b) use(r, (block + b) * kWidth, sums[r][b]);
+  }
+  return block;
+}
+
+// Few rows take several blocks at once: four sums would leave the multipliers waiting for each other. Otherwise the
+// rows of a step go over one block of weights after another, in groups of nearly equal size.
+template <class T, class Cell, class Use>
+SEQREC_INLINE void all_sums(const CellRow<T>* rows, int64_t count, const PackedWeights<T>& layout, const void* packed,
+                            const Use& use) {
+  constexpr int kMany = kCellRows >= 6 ? 4 : 2;
+  const int64_t blocks = layout.blocks();
+  if (count == 1) {
+    const int64_t block = group_sums<T, Cell, 1, kMany>(rows, layout, packed, 0, blocks, use);
+    group_sums<T, Cell, 1, 1>(rows, layout, packed, block, blocks, use);
+    return;
+  }
+  const int64_t groups = (count + kCellRows - 1) / kCellRows;
+  for (int64_t block = 0; block < blocks; ++block)
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t first = count * g / groups, size = count * (g + 1) / groups - first;
+      const auto use_here = [&](int r, int64_t unit, const Vector<T>(&sums)[kSumCount])
+                                __attribute__((always_inline)) { use(first + r, unit, sums); };
+      switch (size) {
+        case 1:
+          group_sums<T, Cell, 1, 1>(rows + first, layout, packed, block, block + 1, use_here);
+          break;
+        case 2:
+          group_sums<T, Cell, 2, 1>(rows + first, layout, packed, block, block + 1, use_here);
+          break;
+#if defined(__AVX2__) || defined(__aarch64__)
+        case 3:
+          group_sums<T, Cell, 3, 1>(rows + first, layout, packed, block, block + 1, use_here);
+          break;
+#endif
+#if defined(__AVX512F__) || defined(__aarch64__)
+        case 4:
+          group_sums<T, Cell, 4, 1>(rows + first, layout, packed, block, block + 1, use_here);
+          break;
+        case 5:
+          group_sums<T, Cell, 5, 1>(rows + first, layout, packed, block, block + 1, use_here);
+          break;
+        case 6:
+          group_sums<T, Cell, 6, 1>(rows + first, layout, packed, block, block + 1, use_here);
+          break;
+#endif
+      }
+    }
+}
+
+// ---- the walk over the steps
+// ------------------------------------------------------------------------------------------
+
+// How many rows of a tile run at a step.
+SEQREC_INLINE int64_t running(const RowTile& tile, int64_t step, int64_t from) {
+  int64_t count = from;
+  while (count > 0 && tile.length[count - 1] <= step) --count;
+  while (count < tile.count && tile.length[count] > step) ++count;
+  return count;
+}
+
+// A segment begins here: the step sees zeros instead of the states before it.
+SEQREC_INLINE bool segment_begins(const SequenceInputs& in, const RowTile& tile, int64_t place, int64_t step) {
+  if (in.reset == nullptr) return false;
+  const bool* marks = in.reset + tile.row[place] * in.shape.steps;
+  if (!in.shape.reverse) return marks[step];
+  return step + 1 < tile.length[place] && marks[step + 1];
+}
+
+// The input vector of a token.
+template <class T>
+SEQREC_INLINE const T* input_vector(const SequenceInputs& in, int64_t token) {
+  return (const T*)in.x + (in.ids ? in.ids[token] : token) * in.shape.input;
+}
+
+// One tile's states: padded to whole registers, whose further lanes stay 0. A step reads one h and writes the other,
+// since every unit needs all of the former h.
+template <class T>
+class ForwardScratch : public Layout {
+ public:
+  using S = typename Compute<T>::Scalar;
+  int64_t width;
+  S *h[2], *c, *x;  // [count, width], [count, width], [count, I] where x must be widened
+  CellRow<T>* rows;
+
+  ForwardScratch(const SequenceShape& s, int64_t count, void* memory)
+      : Layout(memory), width(PackedWeights<T>(s).blocks() * Compute<T>::kWidth) {
+    h[0] = take<S>(count * width);
+    h[1] = take<S>(count * width);
+    c = take<S>(count * width);
+    x = take<S>(kIsHalf<T> && !s.projected ? count * s.input : 0);
+    rows = take<CellRow<T>>(count);
+  }
+};
+
+template <class T, class Cell>
+SEQREC_INLINE void forward_step(const SequenceForward& call, const RowTile& tile, ForwardScratch<T>& scratch, int now,
+                                int64_t count, int64_t step) {
+  using S = typename Compute<T>::Scalar;
+  constexpr int kWidth = Compute<T>::kWidth;
+  const SequenceShape& shape = call.in.shape;
+  const int64_t hidden = shape.hidden, width = scratch.width;
+  for (int64_t p = 0; p < count; ++p) {
+    S* h = scratch.h[now] + p * width;
+    if (segment_begins(call.in, tile, p, step)) {
+      for (int64_t i = 0; i < width; ++i) h[i] = 0, scratch.c[p * width + i] = 0;
+    }
+    const T* x = input_vector<T>(call.in, token_index(shape, step, tile.row[p]));
+    CellRow<T>& row = scratch.rows[p];
+    row = {nullptr, shape.projected ? x : nullptr, h};
+    if (shape.projected) continue;
+    if constexpr (kIsHalf<T>) {
+      row.x = scratch.x + p * shape.input;
+      widen(x, shape.input, scratch.x + p * shape.input);
+    } else {
+      row.x = x;
+    }
+  }
+  const PackedWeights<T> layout(shape);
+  S* const h_next = scratch.h[1 - now];
+  all_sums<T, Cell>(scratch.rows, count, layout, call.packed,
+                    [&](int64_t p, int64_t unit, const Vector<T>(&sums)[kSumCount]) __attribute__((always_inline)) {
+                      S* const c = scratch.c + p * width + unit;
+                      const auto next = Cell::step(sums, load(scratch.h[now] + p * width + unit), load(c));
+                      store(h_next + p * width + unit, rounded<T>(next.h));
+                      if constexpr (Cell::kHasCellState) store(c, next.c);
+                      const int units = hidden - unit < kWidth ? (int)(hidden - unit) : kWidth;
+                      const int64_t row = tile.row[p];
+                      if (call.output)
+                        store_first((T*)call.output + token_index(shape, step, row) * hidden + unit, units, next.h);
+                      if (Cell::kHasCellState && call.cells)
+                        store_first((S*)call.cells + saved_index(shape, step, row) * hidden + unit, units, next.c);
+                      if (call.gates == nullptr) return;
+                      T* gates = (T*)call.gates + saved_index(shape, step, row) * kSumCount * hidden + unit;
+                      for (int s = 0; s < kSumCount; ++s) store_first(gates + s * hidden, units, next.saved[s]);
+                    });
+}
+
+template <class S>
+SEQREC_INLINE void copy_rows(const S* from, S* to, int64_t first, int64_t last, int64_t width) {
+  for (int64_t i = first * width; i < last * width; ++i) to[i] = from[i];
+}
+
+template <class T, class Cell>
+void sequence_forward(const SequenceForward& call, const RowTile& tile, void* memory) {
+  const SequenceShape& shape = call.in.shape;
+  const int64_t hidden = shape.hidden;
+  ForwardScratch<T> scratch(shape, tile.count, memory);
+  const int64_t width = scratch.width;
+  for (int64_t i = 0; i < tile.count * width; ++i) scratch.h[0][i] = scratch.h[1][i] = scratch.c[i] = 0;
+  for (int64_t p = 0; p < tile.count; ++p) {
+    widen((const T*)call.in.h + tile.row[p] * hidden, hidden, scratch.h[0] + p * width);
+    if (Cell::kHasCellState) widen((const T*)call.in.c + tile.row[p] * hidden, hidden, scratch.c + p * width);
+  }
+  // Rows that do not run have their state in h[0].
+  int now = 0;
+  int64_t count = 0;
+  for (int64_t i = 0; i < shape.steps; ++i) {
+    const int64_t step = shape.reverse ? shape.steps - 1 - i : i, former = count;
+    count = running(tile, step, former);
+    if (now == 1) {
+      copy_rows(scratch.h[1], scratch.h[0], count, former, width);  // they end here
+      copy_rows(scratch.h[0], scratch.h[1], former, count, width);  // they begin here
+    }
+    forward_step<T, Cell>(call, tile, scratch, now, count, step);
+    now = 1 - now;
+  }
+  if (now == 1) copy_rows(scratch.h[1], scratch.h[0], 0, count, width);
+  for (int64_t p = 0; p < tile.count; ++p) {
+    narrow(scratch.h[0] + p * width, hidden, (T*)call.h_n + tile.row[p] * hidden);
+    if (Cell::kHasCellState) narrow(scratch.c + p * width, hidden, (T*)call.c_n + tile.row[p] * hidden);
+  }
+}
+
+}  // namespace seqrec_fast::SEQREC_TIER

@@ -1,0 +1,156 @@
+"""What only the native sequence kernels could get wrong: tiles, parts, threads, and calls past the public functions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import seqrec_fast as sf
+from seqrec_fast import _native
+
+pytestmark = pytest.mark.skipif(_native.MISSING is not None, reason=str(_native.MISSING))
+
+KINDS = {"lstm": (sf.lstm, 4), "gru": (sf.gru, 3)}
+
+
+def weights_of(kind: str, inputs: int, hidden: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    gates = KINDS[kind][1] * hidden
+    generator = torch.Generator().manual_seed(hidden)
+    shapes = ((gates, inputs), (gates, hidden), (gates,), (gates,))
+    return [(torch.randn(s, generator=generator, dtype=torch.float64) * hidden**-0.5).to(dtype) for s in shapes]
+
+
+def run(kind: str, x: Tensor, weights: list[Tensor], **options: Any) -> list[Tensor]:
+    """Output, final states and the gradients of everything."""
+    leaves = [x.clone().requires_grad_(), *(w.clone().requires_grad_() for w in weights)]
+    output, state = KINDS[kind][0](leaves[0], None, leaves[1:], **options)
+    states = state if isinstance(state, tuple) else (state,)
+    total = (output * torch.linspace(-1, 1, output.numel(), dtype=x.dtype).view_as(output)).sum()
+    grads = torch.autograd.grad(total + sum((s**2).sum() for s in states), leaves)
+    return [output.detach(), *(s.detach() for s in states), *grads]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("save_gates", [True, False])
+@pytest.mark.parametrize(
+    ("steps", "rows", "inputs", "hidden"),
+    [
+        (3, 1, 5, 70),  # one row: several blocks of units at once, and the rest
+        (2, 2, 3, 33),
+        (2, 7, 17, 16),  # groups of four and three rows
+        (3, 97, 5, 17),  # two tiles forward
+        (2, 131, 3, 5),  # sixteen parts of unequal size, chunks of many tokens
+        (140, 3, 4, 6),  # several chunks of one tile
+        (1, 1100, 2, 3),  # several tiles a part
+        (3, 5, 140, 129),  # more than one chain
+    ],
+)
+def test_across_tile_edges(kind: str, steps: int, rows: int, inputs: int, hidden: int, save_gates: bool) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    x = torch.randn(steps, rows, inputs, generator=generator, dtype=torch.float64)
+    lengths = torch.randint(0, steps + 1, (rows,), generator=generator)
+    reset = torch.rand(rows, steps, generator=generator) < 0.3
+    weights = weights_of(kind, inputs, hidden, torch.float64)
+    for options in ({}, {"lengths": lengths, "reset": reset}):
+        with sf.use_backend("reference"):
+            expected = run(kind, x, weights, save_gates=save_gates, **options)
+        with sf.use_backend("native"):
+            actual = run(kind, x, weights, save_gates=save_gates, **options)
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_same_bits_for_any_number_of_threads(kind: str) -> None:
+    x, weights = torch.randn(9, 50, 20), weights_of(kind, 20, 40)
+    lengths = torch.randint(0, 10, (50,))
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(run(kind, x, weights, lengths=lengths))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_same_bits_in_any_batch(kind: str) -> None:
+    x, weights = torch.randn(6, 23, 20), weights_of(kind, 20, 40)
+    full, *states = run(kind, x, weights)[:3]
+    for rows in ([0], [5, 3], list(range(7, 20))):
+        part, *part_states = run(kind, x[:, rows], weights)[:3]
+        assert torch.equal(part, full[:, rows])
+        assert torch.equal(part_states[0], states[0][:, rows])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradient_of_a_table(kind: str) -> None:
+    module = (sf.LSTM if kind == "lstm" else sf.GRU)(12, 20)
+    table = torch.randn(30, 12, requires_grad=True)
+    ids, lengths = torch.randint(0, 30, (8, 14)), torch.randint(0, 15, (8,))
+    found = []
+    for backend in ("native", "reference"):
+        with sf.use_backend(backend):
+            output, _ = sf.lstm_embedding(ids.t(), table, module, lengths=lengths)
+            found.append(torch.autograd.grad(output.square().sum(), (table, *module.parameters())))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
+
+
+def raw(**changes: Any) -> list[Any]:
+    """A valid call of the operator, with changes."""
+    values: dict[str, Any] = {
+        "x": torch.randn(4, 3, 5),
+        "h": torch.zeros(3, 6),
+        "c": torch.zeros(3, 6),
+        "w_ih": torch.randn(24, 5),
+        "w_hh": torch.randn(24, 6),
+        "b_ih": None,
+        "b_hh": None,
+        **dict.fromkeys(("w_hr", "ln_ih", "ln_hh", "ln_c", "ln_c_bias", "ids", "lengths", "reset", "seed")),
+        "batch_first": False,
+        "reverse": False,
+        "last_only": False,
+        "save": 0,
+        "zoneout": 0.0,
+        "recurrent_dropout": 0.0,
+        "stream": 0,
+        "precision": 0,
+    }
+    return list((values | changes).values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"x": torch.randn(4, 5)}, ValueError, "x must be"),
+        ({"h": torch.zeros(2, 6)}, ValueError, "h has a shape"),
+        ({"c": torch.zeros(3, 7)}, ValueError, "c has a shape"),
+        ({"w_ih": torch.randn(24, 6)}, ValueError, "w_ih has a shape"),
+        ({"w_hh": torch.randn(23, 6)}, ValueError, "w_hh has a shape"),
+        ({"w_hh": torch.randn(24, 6).double()}, ValueError, "w_hh has a shape or dtype"),
+        ({"w_ih": None}, ValueError, "24 wide, got 5"),
+        ({"b_ih": torch.zeros(6)}, ValueError, "a bias"),
+        ({"lengths": torch.tensor([1, 2])}, ValueError, "lengths must have shape"),
+        ({"lengths": torch.tensor([1, 2, 5])}, ValueError, "got 5 for row 2"),
+        ({"lengths": torch.tensor([1, -2, 3])}, ValueError, "got -2 for row 1"),
+        ({"lengths": torch.tensor([1.0, 2.0, 3.0])}, ValueError, "int64 or int32"),
+        ({"reset": torch.zeros(4, 3, dtype=torch.bool)}, ValueError, "reset must be bool"),
+        ({"x": torch.randn(9, 5), "ids": torch.full((4, 3), 9)}, IndexError, "0…8"),
+        ({"w_hr": torch.randn(6, 6)}, ValueError, "no projection"),
+        ({"zoneout": 0.1}, ValueError, "no zoneout"),
+    ],
+)
+def test_a_direct_call_stays_within_its_arrays(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        torch.ops.seqrec_fast_native.lstm(*raw(**changes))
+
+
+def test_what_it_lacks_is_said() -> None:
+    weights = weights_of("lstm", 5, 6)
+    with sf.use_backend("native"), pytest.raises(sf.BackendUnavailable, match="no zoneout"):
+        sf.lstm(torch.randn(4, 3, 5), None, weights, zoneout=0.1)

@@ -33,7 +33,7 @@ def test_the_example_scores_the_state_after_each_history(example: dict[str, Any]
         assert (found != 0).any()
     assert (example["best"].values != 0).all()
     assert (example["best"].values[:, 0] > example["best"].values[:, -1]).all()
-    assert ((0 <= example["rank"]) & (example["rank"] < 10_000)).all()
+    assert ((example["rank"] >= 0) & (example["rank"] < 10_000)).all()
     assert len(example["rank"].unique()) > 16
 
 

@@ -86,6 +86,8 @@ def demo(chosen: argparse.Namespace, console: Console) -> None:
 
     console.rule("3. quality on the last item of every user", align="left")
     console.print(quality_table(quality))
+    if warning := run.below_floors(quality):
+        say(console, warning)
 
     console.rule("4. recommendations, and why", align="left")
     opened = run.open_run(folder)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import runpy
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
+
+from seqrec_fast.data import synthetic
+from seqrec_fast.training.comparison import Comparison, Side
+from seqrec_fast.training.settings import RunSettings
 
 
 @pytest.fixture(autouse=True)
@@ -43,6 +49,21 @@ def test_live_session(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     run("live_session.py", monkeypatch=monkeypatch)
     live, whole, *_ = capsys.readouterr().out.splitlines()
     assert live.split(": ")[1] == whole.split(": ")[1]
+
+
+def test_the_demo_scales_part_of_an_epoch_by_the_median(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Summed, the one interrupted step of three would make an epoch five times as long."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    demo = runpy.run_path(str(EXAMPLES / "demo.py"), run_name="demo")
+    compared = Comparison(Side([3.0] * 3, [0.1, 1.3, 0.1], None), Side([3.0] * 3, [0.2, 0.2, 0.2], None), [5] * 3)
+    interactions = synthetic(num_users=100, num_items=20)
+    settings = RunSettings.from_flat(20, {"batch_size": 10})
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(demo["comparison_table"](compared, interactions, settings))
+    (row,) = [line for line in console.export_text().splitlines() if "an epoch of 10 steps" in line]
+    assert "1.0 s" in row
+    assert "2.0 s" in row
+    assert "2.00x" in row
 
 
 def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

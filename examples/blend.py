@@ -41,4 +41,7 @@ def main(folder: str) -> None:
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         raise SystemExit("usage: python examples/blend.py RUN_FOLDER")
+    for name in ("model.safetensors", "data.npz"):
+        if not (Path(sys.argv[1]) / name).is_file():
+            raise SystemExit(f"{sys.argv[1]} is not the folder of a trained run: {name} is missing")
     main(sys.argv[1])

@@ -86,13 +86,14 @@ def demo(chosen: argparse.Namespace, console: Console) -> None:
 
     console.rule("3. quality on the last item of every user", align="left")
     console.print(quality_table(quality))
+    if warning := run.below_floors(quality):
+        say(console, warning)
 
     console.rule("4. recommendations, and why", align="left")
     opened = run.open_run(folder)
     users = [Asked(f"user {number}", interactions.histories[number].tolist()) for number in three_users(interactions)]
     for answer in recommend(opened, users, 10, explain=True):
-        console.print(answer.table())
-        say(console, f"largest attention weights: {answer.attended}")
+        console.print(answer)
 
     history = run.read_history(folder)
     path = chosen.out / "comparison.png"
@@ -102,7 +103,7 @@ def demo(chosen: argparse.Namespace, console: Console) -> None:
         draw(path, compared, history, quality)
     console.rule("5. to keep", align="left")
     say(console, f"picture: {path}")
-    say(console, f"more: python -m seqrec_fast recommend {folder} --user 42 --explain")
+    say(console, f"more: seqrec-fast recommend {folder} --user 42 --explain")
 
 
 def compare(interactions: data.Interactions, settings: RunSettings, steps: int, console: Console) -> Comparison:
@@ -112,6 +113,8 @@ def compare(interactions: data.Interactions, settings: RunSettings, steps: int, 
         split, batch_size=settings.loader.batch_size, max_length=settings.loader.max_length, seed=settings.fit.seed
     )
     batches = [batch for _, batch in zip(range(steps), loader, strict=False)]
+    if len(batches) < steps:
+        say(console, f"an epoch has {len(batches)} batches, so {len(batches)} steps are compared, not {steps}")
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("both models, in turn; then memory", total=len(batches))
         return compare_with_stock(
@@ -144,12 +147,13 @@ def comparison_table(compared: Comparison, interactions: data.Interactions, sett
     table.add_row(
         "a step, median", f"{ours.step * 1e3:.0f} ms", f"{stock.step * 1e3:.0f} ms", ratio(compared.time_ratio)
     )
-    scale = epoch / steps
+    # of a part of an epoch the median says more than the sum, in which one interrupted step counts for many
+    whole = steps == epoch
+    seconds = [side.total if whole else side.step * epoch for side in (ours, stock)]
     table.add_row(
-        f"an epoch of {epoch} steps" + ("" if steps == epoch else " (scaled)"),
-        f"{ours.total * scale:.1f} s",
-        f"{stock.total * scale:.1f} s",
-        ratio(stock.total / ours.total),
+        f"an epoch of {epoch} steps" + ("" if whole else " (from the median)"),
+        *(f"{value:.1f} s" for value in seconds),
+        ratio(seconds[1] / seconds[0] if whole else compared.time_ratio),
     )
     table.add_row(
         "extra memory of a step, peak",

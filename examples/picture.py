@@ -58,7 +58,8 @@ def _losses(axes: Any, compared: Comparison) -> None:
     axes.set_title("Same weights, same batches: the same loss")
     axes.set_xlabel("step")
     axes.set_ylabel("cross-entropy over the catalogue")
-    axes.legend(loc="upper right")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _legend_above(axes)
     gap = f"largest relative difference at a step: {compared.largest_loss_gap:.1e}"
     axes.text(0.02, 0.04, gap, transform=axes.transAxes, color=FLOOR)
 
@@ -73,7 +74,7 @@ def _times(axes: Any, compared: Comparison) -> None:
     axes.set_title(f"A training step: {_worded(compared.time_ratio, 'faster', 'slower')}")
     axes.set_xlabel("positions in the batch, thousands")
     axes.set_ylabel("ms")
-    axes.legend(loc="upper left")
+    _legend_above(axes)
 
 
 def _memory(axes: Any, compared: Comparison) -> None:
@@ -111,7 +112,14 @@ def _quality(axes: Any, history: Sequence[Mapping[str, float]], quality: Mapping
     axes.set_ylim(0, 1.12 * max(test, *values, *(quality[name][metric] for name in ("Markov", "Popularity"))))
     axes.set_title(f"{metric}, full ranking, seen items filtered")
     axes.set_xlabel("epoch")
-    axes.legend(loc="lower right")
+    _legend_above(axes)
+
+
+def _legend_above(axes: Any) -> None:
+    """In a strip of its own over the data."""
+    bottom, top = axes.get_ylim()
+    axes.set_ylim(bottom, top + 0.3 * (top - bottom))
+    axes.legend(loc="upper left")
 
 
 def _worded(ratio: float, better: str, worse: str) -> str:

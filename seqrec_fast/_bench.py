@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -18,10 +19,11 @@ from torch.nn import functional as F
 
 import seqrec_fast as sf
 from seqrec_fast._files import write_json
-from seqrec_fast._measure import interleaved, medians
+from seqrec_fast._measure import cpu_threads, interleaved, medians
 from seqrec_fast.info import info
 
 Call = Callable[[], Any]
+SHORT = {"forward": "fwd", "forward + backward": "fwd+bwd"}
 
 
 @dataclass(frozen=True)
@@ -188,7 +190,7 @@ def measure(
     commit = _commit()
     console = console or Console(stderr=True)
     rows = []
-    with _threads(threads), console.status("") as status:
+    with cpu_threads(threads), console.status("") as status:
         for case in cases:
             status.update(f"{case.operator}  {case.shape}")
             torch.manual_seed(0)  # real numbers, the same for both sides and every run
@@ -221,25 +223,39 @@ def measure(
 
 
 def table(rows: Sequence[Row]) -> Table:
-    """The rows for a terminal; a ratio below 1 is where torch wins."""
-    found = Table(title=rows[0].hardware if rows else "nothing measured", title_justify="left")
-    for name in ("operator", "pass", "shape", "backend", "stock torch"):
+    """The rows for a terminal, in 80 columns; :func:`legend` goes with it."""
+    found = Table(box=box.SIMPLE_HEAD)
+    for name in ("operator, shape", "pass", "backend"):
         found.add_column(name)
-    for name in ("ours ms", "torch ms", "torch / ours"):
+    for name in ("ours ms", "torch ms", "ratio"):
         found.add_column(name, justify="right")
-    for row in rows:
-        ratio = row.peer_ms / row.ms
-        found.add_row(
-            row.operator,
-            row.pass_,
-            row.shape,
-            row.backend or "–",
-            row.peer,
-            f"{row.ms:.3f}",
-            f"{row.peer_ms:.3f}",
-            f"[{'green' if ratio >= 1 else 'red'}]{ratio:.2f}×[/]",
+    cases = [list(group) for _, group in groupby(rows, key=lambda row: (row.operator, row.shape))]
+    for passes in cases:
+        # a case takes two lines whether it has one pass or two, so that 80 columns are enough
+        names = (
+            [passes[0].operator, passes[0].shape] if len(passes) > 1 else [f"{passes[0].operator}\n{passes[0].shape}"]
         )
+        for place, row in enumerate(passes):
+            ratio = row.peer_ms / row.ms
+            found.add_row(
+                names[place] if place < len(names) else "",
+                SHORT.get(row.pass_, row.pass_),
+                row.backend or "–",
+                f"{row.ms:.3f}",
+                f"{row.peer_ms:.3f}",
+                f"[{'green' if ratio >= 1 else 'red'}]{ratio:.2f}×[/]",
+                end_section=place == len(passes) - 1,
+            )
     return found
+
+
+def legend(rows: Sequence[Row]) -> str:
+    """What the short columns of the table mean."""
+    peers = dict.fromkeys(f"{row.operator} {row.peer}" for row in rows)
+    return (
+        "ratio: stock torch's time / ours, below 1 where torch is faster; fwd: forward, fwd+bwd: with gradients; "
+        f"stock torch is, for {', for '.join(peers)}"
+    )
 
 
 def write(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
@@ -282,17 +298,6 @@ def _repetitions(call: Call) -> int:
     call()
     seconds = medians(interleaved({"call": call}, rounds=3, warmup=1))["call"]
     return max(1, min(1000, int(5e-3 / max(seconds, 1e-7))))
-
-
-@contextmanager
-def _threads(number: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    if number is not None:
-        torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _commit() -> str | None:

@@ -36,6 +36,13 @@ class Explanation:
         return "\n".join(lines)
 
 
+def public_operators() -> list[str]:
+    """Not the parts that the operators share, nor their backward forms."""
+    import seqrec_fast
+
+    return sorted(name for name in _dispatch.SUPPORTS if name in seqrec_fast.__all__)
+
+
 def explain(op_name: str, *tensors: Any, **options: Any) -> Explanation:
     """Which backend ``op_name`` would take for these arguments, and why the others would not.
 
@@ -52,9 +59,10 @@ def explain(op_name: str, *tensors: Any, **options: Any) -> Explanation:
         >>> sf.explain("lstm_step", torch.randn(2, 8)).operator
         'lstm_step'
     """
-    if op_name not in _dispatch.SUPPORTS:
-        known = ", ".join(sorted(name for name in _dispatch.SUPPORTS if not name.endswith(("_", "_backward"))))
-        raise ValueError(f"explain: unknown operator {op_name!r}; known are {known}")
+    if op_name == "lstm_embedding":  # no operator of its own: it runs its module's layer
+        op_name = next((module.operator for module in tensors if hasattr(module, "operator")), "lstm")
+    if op_name not in public_operators():
+        raise ValueError(f"explain: unknown operator {op_name!r}; known are {', '.join(public_operators())}")
     first = next((t for t in tensors if isinstance(t, Tensor) and t.is_floating_point()), None)
     if first is None:
         raise ValueError("explain: give the tensors of the call; no floating tensor was found among the arguments")

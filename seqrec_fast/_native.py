@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,17 @@ def _build_info() -> dict[str, Any]:
     try:
         return dict(importlib.import_module("seqrec_fast._build_info").BUILD_INFO)
     except ModuleNotFoundError:
-        return {"native": False, "reason": "the package was not built (run `pip install .`)", "tiers": [], "cuda": None}
+        return {"native": False, "reason": _not_there(Path(__file__).parent), "tiers": [], "cuda": None}
+
+
+def _not_there(package: Path) -> str:
+    """What to do about a missing library. Python prefers the source tree it is started in to the installed package."""
+    if (package.parent / "setup.py").is_file():
+        return (
+            f"the source tree at {package.parent} has no compiled library: run `make build` there, "
+            "or leave that folder to use the installed package"
+        )
+    return f"the compiled library is missing from {package}: install the package again"
 
 
 def _wanted_tier() -> int:
@@ -35,6 +46,10 @@ def _load() -> tuple[str | None, str | None]:
         return str(BUILD_INFO["reason"]), None
     try:
         importlib.import_module("seqrec_fast._C")
+    except ModuleNotFoundError as error:
+        if error.name != "seqrec_fast._C":
+            raise
+        return _not_there(Path(__file__).parent), None
     except ImportError as error:
         return f"the compiled library does not load here: {error}", None
     operators = torch.ops.seqrec_fast_native

@@ -7,10 +7,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.table import Table
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.text import Text
 from torch import Tensor
 
-from seqrec_fast._report import attended, present, reasons, recommendation_table
+from seqrec_fast._report import (
+    MEANING,
+    Attended,
+    Reason,
+    attended,
+    attention_line,
+    present,
+    reasons,
+    recommendation_table,
+)
 from seqrec_fast.data import Interactions
 from seqrec_fast.training.run import Run
 
@@ -25,18 +35,27 @@ class Asked:
 
 @dataclass(frozen=True)
 class Answer:
-    """A list of items, best first, with the original ids; ``why`` and ``attended`` are empty when nothing is explained."""
+    """A list of items, best first, with the original ids; ``why`` and ``attended`` are empty when nothing is explained.
+
+    Printed with rich, it is the title, the table, and what explains the table.
+    """
 
     asked: str
     history_length: int
     items: list[Any]
     scores: list[float]
-    why: list[str]
-    attended: str
+    why: list[list[Reason]]
+    attended: list[Attended]
+    num_items: int
 
-    def table(self) -> Table:
-        title = f"{self.asked}, history of {self.history_length} item{'s' * (self.history_length != 1)}"
-        return recommendation_table(title, self.items, self.scores, self.why)
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        # the title is no part of the table: a long history would be cut or widen it
+        yield Text(f"{self.asked}, history of {self.history_length} item{'s' * (self.history_length != 1)}")
+        yield recommendation_table(self.items, self.scores, self.why)
+        if self.why:
+            yield Text(MEANING)
+        if line := attention_line(self.attended, self.num_items):
+            yield Text(line)
 
     def as_dict(self) -> dict[str, Any]:
         """As values JSON can hold; explanations only where there are some."""
@@ -81,8 +100,8 @@ def recommend(
         best = run.model.recommend(ids, lengths, k + len(old), exclude_seen=exclude_seen)
         places = [place for place in present(best, 0) if int(best.items[0, place]) not in old][:k]
         numbers = best.items[0, places].tolist()
-        why: list[str] = []
-        weights = ""
+        why: list[list[Reason]] = []
+        weights: list[Attended] = []
         if explain and places:
             # an explanation costs a backward pass per item: only as far down as the list goes
             found = run.model.explain(ids, lengths, places[-1] + 1, exclude_seen=exclude_seen)
@@ -96,6 +115,7 @@ def recommend(
             best.scores[0, places].tolist(),
             why,
             weights,
+            run.data.num_items,
         )
 
 

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from seqrec_fast.data import Interactions
 
 app = typer.Typer(
-    help="Sequential recommenders with fused operators: train, recommend, measure.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -84,6 +83,23 @@ def _load(path: str, format: str, columns: tuple[str | None, str | None, str | N
     return found
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        import seqrec_fast
+
+        typer.echo(f"seqrec_fast {seqrec_fast.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Sequential recommenders with fused operators: train, recommend, measure."""
+
+
 @command
 def info(as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False) -> None:
     """Versions, devices, and which backend can run each operator, or why not."""
@@ -95,8 +111,8 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.
         return
     from seqrec_fast._report import info_tables
 
-    for table in info_tables(found):
-        Console().print(table)
+    for part in info_tables(found):
+        Console().print(part)
 
 
 @command
@@ -112,12 +128,13 @@ def train(
     encoder: Annotated[str | None, typer.Option(help="lstm, gru or cnn (default lstm).")] = None,
     epochs: Annotated[int | None, typer.Option(help="At most (default 20).")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Sequences in a batch (default 128).")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Of Adam (default 0.001).")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Of Adam (default 0.003).")] = None,
     seed: Annotated[int | None, typer.Option(help="Of weights, order and dropout (default 0).")] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="NAME=VALUE", help="Any other setting, repeatable; a wrong name lists them all."),
     ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads (default: as torch chooses).")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out.")] = False,
 ) -> None:
@@ -126,6 +143,7 @@ def train(
     Users' last items are the test targets, the items before them the validation targets. Ctrl-C saves the state;
     the same command with --resume goes on from there.
     """
+    from seqrec_fast._measure import cpu_threads
     from seqrec_fast._report import quality_table
     from seqrec_fast.training import require_lightning, run
     from seqrec_fast.training import settings as names
@@ -146,20 +164,26 @@ def train(
         "seed": seed,
     }
     chosen.update({name: value for name, value in options.items() if value is not None})
+    with explained():
+        run.check(out, chosen, resume=resume, overwrite=overwrite)
     interactions = _load(data, format, (user_column, item_column, time_column), console)
     with explained():
         prepared = run.start(out, interactions, chosen, resume=resume, overwrite=overwrite)
     from seqrec_fast.training import TrainingInterrupted
 
     try:
-        _, quality = run.train(out, interactions, prepared, resume=resume, console=console)
+        with cpu_threads(threads):
+            _, quality = run.train(out, interactions, prepared, resume=resume, console=console)
     except TrainingInterrupted as stop:
         typer.echo(f"seqrec-fast: {stop}; the same command with --resume goes on from there", err=True)
         raise typer.Exit(stop.exit_code) from stop
     except OSError as error:  # a full disk, a folder that went away
         raise Failure(str(error)) from error
     if quality:
-        Console().print(quality_table(quality))
+        output = Console()
+        output.print(quality_table(quality))
+        if warning := run.below_floors(quality):
+            output.print(warning, highlight=False, soft_wrap=True)
         console.print(f"the weights are in {out / MODEL}", highlight=False, soft_wrap=True)
 
 
@@ -192,9 +216,7 @@ def recommend(
         if as_json:
             typer.echo(json.dumps(answer.as_dict()))
         else:
-            output.print(answer.table())
-            if answer.attended:
-                output.print(f"largest attention weights: {answer.attended}\n", highlight=False)
+            output.print(answer)
 
 
 @command
@@ -211,7 +233,10 @@ def bench(
     with explained():
         cases = _bench.choose(operators or [])
     rows = _bench.measure(cases, rounds=rounds, threads=threads, console=console)
-    Console().print(_bench.table(rows))
+    output = Console()
+    output.print(rows[0].hardware, highlight=False, soft_wrap=True)
+    output.print(_bench.table(rows))
+    output.print(_bench.legend(rows), highlight=False, markup=False)
     if out is not None:
         with explained():
             _bench.write(rows, out)

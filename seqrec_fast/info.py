@@ -1,4 +1,4 @@
-"""What this installation can run and why: the library behind ``python -m seqrec_fast info``."""
+"""What this installation can run and why: the library behind ``seqrec-fast info``."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 
-import seqrec_fast
-
 from . import _dispatch, _native
 from ._dispatch import Spec
+from ._explain import public_operators
 
 # The versions the test suite was run with. Others inside the range of pyproject.toml are expected to work.
 TESTED = {"torch": ("2.13.0",), "triton": ("3.7.1",), "python": ("3.11",)}
@@ -55,8 +54,7 @@ def info() -> dict[str, Any]:
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     operators = {
         name: {device: _dispatch.reasons(Spec(name, device, torch.float32)) for device in devices}
-        for name in sorted(_dispatch.SUPPORTS)
-        if name in seqrec_fast.__all__  # not the parts that the operators share, nor their backward forms
+        for name in public_operators()
     }
     return {
         "seqrec_fast": _version("seqrec_fast"),

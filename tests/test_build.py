@@ -13,7 +13,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 SMOKE = """
-import json, torch, seqrec_fast as sf
+import json, sys, torch
+# an editable install of this environment would lend its library to a package that lacks one
+sys.meta_path = [finder for finder in sys.meta_path if "__editable__" not in repr(finder)]
+import seqrec_fast as sf
 from seqrec_fast.info import info
 with torch.no_grad():
     h, c = sf.LSTMCell(4, 4)(torch.randn(2, 4))
@@ -78,6 +81,31 @@ def test_build_none_is_a_working_package(tmp_path: Path) -> None:
     assert "SEQREC_FAST_BUILD=none" in str(told["error"])
     assert not list(target.rglob("*.so"))
     assert (target / "seqrec_fast/py.typed").exists()
+    # started in the source tree, Python takes that and not what was installed: it must not claim a library it lacks
+    assert not (source / "seqrec_fast/_build_info.py").exists()
+
+
+def test_an_inplace_build_records_itself_in_the_tree(tmp_path: Path) -> None:
+    source = source_tree(tmp_path)
+    subprocess.run(
+        [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"],
+        cwd=source,
+        env={**os.environ, "SEQREC_FAST_BUILD": "none"},
+        check=True,
+    )
+    assert "SEQREC_FAST_BUILD=none" in (source / "seqrec_fast/_build_info.py").read_text()
+
+
+@pytest.mark.parametrize("recorded", [None, {"native": True, "reason": None, "tiers": [], "cuda": None}])
+def test_a_source_tree_without_its_library_says_what_to_do(tmp_path: Path, recorded: dict[str, object] | None) -> None:
+    source = source_tree(tmp_path)
+    if recorded is not None:
+        (source / "seqrec_fast/_build_info.py").write_text(f"BUILD_INFO = {recorded}")
+    error = str(smoke(source)["error"])
+    assert f"the source tree at {source} has no compiled library: run `make build` there" in error
+    assert "leave that folder to use the installed package" in error
+    (source / "setup.py").unlink()
+    assert f"missing from {source / 'seqrec_fast'}: install the package again" in str(smoke(source)["error"])
 
 
 def test_without_a_compiler_auto_falls_back_and_says_so(tmp_path: Path, no_compiler: dict[str, str]) -> None:

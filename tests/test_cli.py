@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -14,13 +15,17 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from seqrec_fast import _bench
+import seqrec_fast
+from seqrec_fast import _bench, _report, _serve
 from seqrec_fast.cli import app
 from seqrec_fast.data import Interactions, load, synthetic
+from seqrec_fast.info import info
 from seqrec_fast.models import Popularity, SequenceRecommender
+from seqrec_fast.training import Quality, run
 from seqrec_fast.training.settings import default_of
 
 Result = Any  # of CliRunner: typer brings its own click, or the real one, by version
@@ -61,7 +66,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def trained(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
     out = tmp_path_factory.mktemp("runs") / "run"
-    return out, call("train", pairs, "--out", out, "--epochs", 2, *SMALL)
+    return out, call("train", pairs, "--out", out, "--epochs", 2, "--threads", 1, *SMALL)
 
 
 def test_train_writes_a_run_and_prints_its_quality(trained: tuple[Path, Result], pairs: Path) -> None:
@@ -110,7 +115,7 @@ def test_recommend_explains(trained: tuple[Path, Result]) -> None:
     assert "history 101,105,109, history of 3 items" in result.stdout
     assert "history 110, history of 1 item" in result.stdout
     assert "(-1) " in result.stdout
-    assert result.stdout.count("largest attention weights: ") == 2
+    assert result.stdout.count("without it the score would be 0.42 lower") == 2
     (answer,) = [
         json.loads(line)
         for line in call(
@@ -118,7 +123,74 @@ def test_recommend_explains(trained: tuple[Path, Result]) -> None:
         ).stdout.splitlines()
     ]
     assert len(answer["why"]) == 3
-    assert all(re.fullmatch(r"(\d{3} \(-[123]\) [+-]\d\.\d\d(,  )?){3}", why) for why in answer["why"])
+    for why in answer["why"]:
+        assert sorted((step["item"], step["place"]) for step in why) == [(101, -3), (105, -2), (109, -1)]
+        assert all(isinstance(step["change"], float) for step in why)
+    assert all(101 <= one["item"] <= 140 and 0 < one["weight"] < 1 for one in answer["attended"])
+
+
+def test_attention_is_shown_only_where_it_tells_something() -> None:
+    even = [_report.Attended(item="a", weight=0.011), _report.Attended(item="b", weight=0.0101)]
+    assert _report.attention_line(even, 100) is None
+    assert _report.attention_line([], 100) is None
+    assert "over the catalogue, largest weights: a (50 %)" in str(
+        _report.attention_line([{"item": "a", "weight": 0.5}], 100)
+    )
+
+
+def test_ids_and_reasons_are_printed_as_they_are() -> None:
+    """``[triton]`` is a style to rich, and was swallowed."""
+    console = Console(width=80, record=True, file=io.StringIO())
+    why = [_report.Reason(item="[bold]y", place=-1, change=0.5)]
+    console.print(_serve.Answer("user [red]", 1, ["[i]x"], [1.0], [why], [], 10))
+    reason = "pip install 'seqrec_fast[triton]'"
+    operators = {"lstm": {"cpu": {"native": reason, "reference": None}}}
+    for part in _report.info_tables({"seqrec_fast": "1", "native_library": reason, "operators": operators}):
+        console.print(part)
+    text = console.export_text()
+    assert text.count(reason) == 2
+    for written in ("user [red]", "[i]x", "[bold]y (-1) +0.50"):
+        assert written in text
+
+
+def test_tables_fit_80_columns(trained: tuple[Path, Result]) -> None:
+    row = {"dtype": "float32", "ms": 1234.5, "peer_ms": 1234.5, "hardware": "", "versions": {}, "commit": None}
+    rows = [
+        _bench.Row(operator=case.operator, backend="reference", pass_=name, shape=case.shape, peer=case.peer, **row)
+        for case in _bench.CASES
+        for name, _ in _bench._passes(case)
+    ]
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(_bench.table(rows))
+    for part in _report.info_tables(info()):
+        console.print(part)
+    text = console.export_text()
+    for case in _bench.CASES:
+        assert case.shape in text
+        assert case.operator in text
+    assert "1234.500" in text
+    assert "…" not in text
+
+
+def test_version() -> None:
+    assert call("--version").stdout == f"seqrec_fast {seqrec_fast.__version__}\n"
+
+
+def test_train_looks_at_its_options_before_the_data(trained: tuple[Path, Result], pairs: Path, tmp_path: Path) -> None:
+    missing = tmp_path / "none.txt"  # an error about it would mean that it was looked for first
+    refused(call("train", missing, "--out", tmp_path / "run", "--epochs", 0), "max_epochs must be at least 1, got 0")
+    refused(call("train", missing, "--out", trained[0]), "holds a run already")
+    refused(call("train", missing, "--out", pairs), "is a file; a run needs a folder")
+
+
+def test_a_model_below_the_floors_is_called_so() -> None:
+    def quality(value: float) -> Quality:
+        return Quality({"NDCG@10": value}, num_items=10, num_users=5, seen_filter=True)
+
+    floors = {"Markov": quality(0.2), "Popularity": quality(0.1)}
+    assert run.below_floors({"SequenceRecommender": quality(0.2), **floors}) is None
+    said = str(run.below_floors({"SequenceRecommender": quality(0.15), **floors}))
+    assert said.startswith("the model ranks below Markov (NDCG@10 0.1500 against 0.2000): train longer")
 
 
 def test_a_long_history_leaves_out_what_the_model_does_not_see(pairs: Path, tmp_path: Path) -> None:
@@ -242,6 +314,7 @@ def test_recommend_refuses_what_it_does_not_know(trained: tuple[Path, Result], p
     refused(call("recommend", out, "--history", "101,5"), "item id 5 is not in the data")
     refused(call("recommend", out, "--history", " , "), "must name items")
     refused(call("recommend", out, "--user", 1, "-k", 0), "--k must be at least 1, got 0")
+    refused(call("recommend", out / "model.safetensors", "--user", 1), f"give the folder of the run, {out}")
     refused(call("recommend", tmp_path / "none", "--user", 1), "there is no folder .*none")
     refused(call("recommend", pairs.parent, "--user", 1), "is not the folder of a run: run.json is missing")
 

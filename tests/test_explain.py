@@ -30,9 +30,17 @@ def test_explain_follows_use_backend() -> None:
         assert sf.explain("lstm_step", torch.randn(2, 3)).backend is None
 
 
+def test_explain_of_lstm_embedding_is_that_of_its_layer() -> None:
+    told = sf.explain("lstm_embedding", torch.zeros(1, 2, dtype=torch.int64), torch.randn(5, 3), sf.GRU(3, 4))
+    assert told.operator == "gru"
+    assert told.backend is not None
+
+
 def test_explain_refuses() -> None:
-    with pytest.raises(ValueError, match="unknown operator 'lstm_stepp'; known are .*lstm_step"):
+    with pytest.raises(ValueError, match="unknown operator 'lstm_stepp'; known are .*lstm_step$") as refused:
         sf.explain("lstm_stepp", torch.randn(1))
+    known = str(refused.value).split("known are ")[1].split(", ")
+    assert all(name in sf.__all__ for name in known)
     with pytest.raises(ValueError, match="no floating tensor"):
         sf.explain("lstm_step", torch.zeros(1, dtype=torch.int64))
 

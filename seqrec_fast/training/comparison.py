@@ -78,7 +78,7 @@ def compare_with_stock(
 
     Both start from the same weights and take the same batches, each with an Adam of its own; dropout is off, since the
     two draw different masks. Each step is timed whole (loss, backward, optimiser), in turn and with the order changing,
-    after one untimed step of each on a copy. Memory is that of one step on the batch with the most positions, in a
+    after two untimed steps of each on the largest batch. Memory is that of one step on the batch with the most positions, in a
     process of its own for each.
 
     Args:
@@ -104,8 +104,12 @@ def compare_with_stock(
     stock.load_state_dict(ours.state_dict())
     models: dict[str, nn.Module] = {"ours": ours, "stock": stock}
     start = {name: tensor.clone() for name, tensor in ours.state_dict().items()}
-    for model in models.values():  # the first call of anything is slow
-        _step(model, torch.optim.Adam(model.parameters(), lr=learning_rate), batches[0].to(device))
+    largest = max(batches, key=lambda batch: int(batch.lengths.sum()))
+    for model in models.values():
+        # the first call of anything is slow, and so is the first that needs more memory or the optimiser's state
+        warm = torch.optim.Adam(model.parameters(), lr=learning_rate)
+        for _ in range(2):
+            _step(model, warm, largest.to(device))
         model.load_state_dict(start)
     optimizers = {name: torch.optim.Adam(model.parameters(), lr=learning_rate) for name, model in models.items()}
     losses: dict[str, list[float]] = {name: [] for name in models}
@@ -124,7 +128,6 @@ def compare_with_stock(
             losses[name].append(loss)
         if on_step is not None:
             on_step(number + 1)
-    largest = max(batches, key=lambda batch: int(batch.lengths.sum()))
     peaks = dict.fromkeys(models) if not memory else peak_of_each(config, largest, device)
     sides = {name: Side(losses[name], seconds[name], peaks[name]) for name in models}
     positions = [int(batch.lengths.sum()) for batch in batches[: len(losses["ours"])]]

@@ -54,6 +54,40 @@ class Run:
     record: dict[str, Any]
 
 
+def check(
+    folder: str | os.PathLike[str], chosen: Mapping[str, Any], *, resume: bool = False, overwrite: bool = False
+) -> None:
+    """All of :func:`start` that can be checked before the data is read, which may take long; raises what that raises."""
+    require_lightning()
+    from .trainer import check_devices
+
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file; a run needs a folder")
+    if resume:
+        if not (folder / CHECKPOINT).is_file():
+            raise FileNotFoundError(f"there is no run to continue in {folder}: {CHECKPOINT} is missing")
+        record = read_record(folder)
+        settings = _continued(folder, record["settings"], chosen, record["data"]["items"])
+    else:
+        begun = any((folder / name).exists() for name in (CHECKPOINT, MODEL))
+        if begun and not overwrite:
+            raise FileExistsError(
+                f"{folder} holds a run already: continue it with --resume, or replace it with --overwrite"
+            )
+        settings = RunSettings.from_flat(1, chosen)  # the number of items decides about no setting
+    check_devices(settings.fit)
+
+
+def _continued(folder: Path, saved: Mapping[str, Any], chosen: Mapping[str, Any], num_items: int) -> RunSettings:
+    """The run's own settings, with what may change chosen anew."""
+    settings = RunSettings.from_flat(num_items, {**saved, **chosen})
+    for name, value in settings.to_flat().items():
+        if name not in FREE_ON_RESUME and saved.get(name) != value:
+            raise ValueError(f"the run in {folder} was started with {name}={saved.get(name)}, got {name}={value}")
+    return settings
+
+
 def start(
     folder: str | os.PathLike[str],
     data: Interactions,
@@ -78,35 +112,21 @@ def start(
             from, or a device that is not there.
         MissingExtra: without Lightning.
     """
-    require_lightning()
-    from .trainer import check_devices
-
+    check(folder, chosen, resume=resume, overwrite=overwrite)
     folder = Path(folder)
     record_file = folder / RUN
     if resume:
-        if not (folder / CHECKPOINT).is_file():
-            raise FileNotFoundError(f"there is no run to continue in {folder}: {CHECKPOINT} is missing")
         record = read_record(folder)
         if record["data"]["sha256"] != data.sha256:
             raise ValueError(
                 f"the run in {folder} was started on other data ({record['data']['source']}, not {data.source})"
             )
-        saved = record["settings"]
-        settings = RunSettings.from_flat(data.num_items, {**saved, **chosen})
-        for name, value in settings.to_flat().items():
-            if name not in FREE_ON_RESUME and saved.get(name) != value:
-                raise ValueError(f"the run in {folder} was started with {name}={saved.get(name)}, got {name}={value}")
+        settings = _continued(folder, record["settings"], chosen, data.num_items)
     else:
         settings = RunSettings.from_flat(data.num_items, chosen)
         record = {}
-        begun = any((folder / name).exists() for name in (CHECKPOINT, MODEL))
-        if begun and not overwrite:
-            raise FileExistsError(
-                f"{folder} holds a run already: continue it with --resume, or replace it with --overwrite"
-            )
     # all that can be wrong is found before anything is written
     _batches(leave_one_out(data), settings)
-    check_devices(settings.fit)
     if not resume:
         data.save(folder / DATA)
     origin = {"source": data.source, "sha256": data.sha256, "users": data.num_users, "items": data.num_items}
@@ -206,6 +226,19 @@ def measure_quality(model: SequenceRecommender, split: Split, *, max_length: int
     }
 
 
+def below_floors(quality: Mapping[str, Quality], metric: str = "NDCG@10") -> str | None:
+    """A sentence where the model ranks below a floor, which takes no training: it is not ready for use."""
+    model = quality["SequenceRecommender"][metric]
+    floors = {name: quality[name][metric] for name in ("Markov", "Popularity")}
+    name = max(floors, key=floors.__getitem__)
+    if model >= floors[name]:
+        return None
+    return (
+        f"the model ranks below {name} ({metric} {model:.4f} against {floors[name]:.4f}): "
+        "train longer (--epochs), with another --learning-rate, or on more data"
+    )
+
+
 def read_record(folder: Path) -> dict[str, Any]:
     """What ``run.json`` holds.
 
@@ -232,11 +265,13 @@ def open_run(folder: str | os.PathLike[str]) -> Run:
     """Read a run for serving.
 
     Raises:
-        FileNotFoundError: a file is missing.
+        FileNotFoundError, NotADirectoryError: a file is missing, or given in place of its folder.
         ValueError: a file that is damaged or belongs to another run.
     """
     folder = Path(folder)
     if not folder.is_dir():
+        if folder.is_file():
+            raise NotADirectoryError(f"{folder} is a file: give the folder of the run, {folder.parent}")
         raise FileNotFoundError(f"there is no folder {folder}")
     record = read_record(folder)
     if not (folder / MODEL).is_file():

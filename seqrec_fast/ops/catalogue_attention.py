@@ -138,6 +138,7 @@ def check_num_heads(num_heads: int) -> None:
 # Wiring. Raw arguments: query, keys, values, num_heads, 5 of the LogitSpec, precision.
 _BY_ROW = (0, 5, 7)
 _INCOMING = ("grad_context", "grad_lse", "context", "lse")  # come first in the backward operator
+_NUM_BACKWARD_ARGS = 15
 
 
 def _describe(query: Tensor, keys: Tensor, values: Tensor | None, num_heads: int, *rest: Any) -> Spec:
@@ -231,12 +232,15 @@ class CatalogueAttentionBackwardFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        result: tuple[Tensor, ...] = CATALOGUE_ATTENTION_BACKWARD.below_autograd(*args)
+        args, forced = _catalogue.split_forced(args, _NUM_BACKWARD_ARGS)
+        result: tuple[Tensor, ...] = CATALOGUE_ATTENTION_BACKWARD.below_autograd(*args, forced=forced)
         return result
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *incoming, query, keys, values, num_heads, scale, row_scale, bias, exclude, crow, mask, precision = inputs
+        *incoming, query, keys, values, num_heads, scale, row_scale, bias, exclude, crow, mask, precision = inputs[
+            :_NUM_BACKWARD_ARGS
+        ]
         ctx.save_for_backward(*incoming, query, keys, values, row_scale, bias, exclude, crow)
         ctx.save_for_forward(*incoming, query, keys, values, row_scale, bias, exclude, crow)
         ctx.set_materialize_grads(False)

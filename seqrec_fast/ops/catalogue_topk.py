@@ -73,6 +73,7 @@ def catalogue_topk(
 
 # Wiring. Raw arguments: query, items, k, 5 of the LogitSpec.
 _BY_ROW = (0, 4, 6)
+_NUM_BACKWARD_ARGS = 8
 
 
 def _describe(query: Tensor, items: Tensor, k: int, *rest: Any) -> Spec:
@@ -157,12 +158,13 @@ class CatalogueTopKBackwardFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        result: tuple[Tensor, ...] = CATALOGUE_TOPK_BACKWARD.below_autograd(*args)
+        args, forced = _catalogue.split_forced(args, _NUM_BACKWARD_ARGS)
+        result: tuple[Tensor, ...] = CATALOGUE_TOPK_BACKWARD.below_autograd(*args, forced=forced)
         return result
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        grad_values, indices, query, items, scale, row_scale, bias, mask = inputs
+        grad_values, indices, query, items, scale, row_scale, bias, mask = inputs[:_NUM_BACKWARD_ARGS]
         ctx.save_for_backward(grad_values, indices, query, items, row_scale, bias)
         ctx.save_for_forward(grad_values, indices, query, items, row_scale, bias)
         ctx.set_materialize_grads(False)

@@ -64,7 +64,7 @@ def workspace_bytes(op_name: str, *args: Any, **options: Any) -> int:
         args, options: as the call takes them.
 
     Raises:
-        ValueError: another operator.
+        ValueError: another operator, or k < 1.
         TypeError: arguments that the operator does not take.
         BackendUnavailable: the backend in force by ``use_backend`` cannot run the call.
 
@@ -83,6 +83,8 @@ def workspace_bytes(op_name: str, *args: Any, **options: Any) -> int:
         raise TypeError(f"{op_name}: {error}") from None
     bound.apply_defaults()
     given = bound.arguments
+    if "k" in given and given["k"] < 1:
+        raise ValueError(f"{op_name}: k must be at least 1, got {given['k']}")
     call = _describe(op_name, given)
     device = given["query"].device.type
     # By the options that a backend may refuse; the others do not decide.

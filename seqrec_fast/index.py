@@ -15,9 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ._files import written_beside
-from ._logits import ID_DTYPES, check_ids, check_strided
+from ._logits import ID_DTYPES, check_ids, check_int, check_storage, check_strided
 from ._workspace import workspace_bytes
-from .ops._catalogue import check_int
 from .ops._checks import FLOATS
 from .ops.catalogue_rank import catalogue_rank
 from .ops.catalogue_topk import catalogue_topk
@@ -60,6 +59,7 @@ class CatalogueIndex:
         if not isinstance(items, Tensor):
             raise TypeError(f"{NAME}: items must be a tensor, got {type(items).__name__}")
         check_strided(NAME, "items", items)
+        check_storage(NAME, "items", items)
         if items.dtype not in FLOATS:
             raise TypeError(f"{NAME}: items must be float16, bfloat16, float32 or float64, got {items.dtype}")
         if items.dim() != 2:
@@ -266,8 +266,9 @@ class CatalogueIndex:
             TypeError: B or k is not an int.
             ValueError: B < 0 or k < 1.
         """
+        B, k = (check_int(f"{NAME}.workspace_bytes", name, value) for name, value in (("B", B), ("k", k)))
         for name, value, least in (("B", B, 0), ("k", k, 1)):
-            if check_int(f"{NAME}.workspace_bytes", name, value) < least:
+            if value < least:
                 raise ValueError(f"{NAME}.workspace_bytes: {name} must be at least {least}, got {value}")
         rows = torch.empty((B, self._items.shape[1]), dtype=self.dtype, device="meta")
         items, bias = (None if t is None else t.to("meta") for t in self._tables())
@@ -322,6 +323,7 @@ class CatalogueIndex:
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{NAME}: {name} must be a tensor, got {type(tensor).__name__}")
         check_strided(NAME, name, tensor)
+        check_storage(NAME, name, tensor)
         if tensor.dtype != self.dtype:
             raise TypeError(f"{NAME}: {name} must have the index's dtype ({self.dtype}), got {tensor.dtype}")
         if tensor.device != self.device:
@@ -333,6 +335,7 @@ class CatalogueIndex:
             got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
             raise TypeError(f"{NAME}: ids must be an int64 or int32 tensor, got {got}")
         check_strided(NAME, "ids", ids)
+        check_storage(NAME, "ids", ids)
         if ids.dim() != 1:
             raise ValueError(f"{NAME}: ids must have shape [n], got {tuple(ids.shape)}")
         check_ids(NAME, "ids", ids, len(self), padding=False)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .._dispatch import Spec
-from .._logits import check_id_tensor, wide_dtype
+from .._logits import check_id_tensor, check_storage, wide_dtype
 from .._operator import Operator, tracing, transforms_active
 from .._precision import autocast_enabled
 from ..backends.reference._derivatives import Formula
@@ -36,6 +36,9 @@ def autocast(operator: str, **tensors: Tensor | None) -> tuple[Any, ...]:
     kind = next((tensor.device.type for tensor in tensors.values() if tensor is not None), "cpu")
     if not autocast_enabled(kind):
         return tuple(tensors.values())
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            check_storage(operator, name, tensor)
     dtype = torch.get_autocast_dtype(kind)
 
     def cast(tensor: Tensor | None) -> Tensor | None:
@@ -54,6 +57,8 @@ def check_matrices(operator: str, query: Tensor, items: Tensor, items_name: str 
     for name, tensor in (("query", query), (items_name, items)):
         check_is_tensor(operator, name, tensor)
     check_floating(operator, **{"query": query, items_name: items})
+    for name, tensor in (("query", query), (items_name, items)):
+        check_storage(operator, name, tensor)
     if query.dim() == 0:
         raise ValueError(f"{operator}: query must have shape [..., d], got a scalar")
     if items.dim() != 2:
@@ -87,12 +92,6 @@ def check_single_target(operator: str, target: Tensor, query: Tensor) -> Tensor:
             f"got {tuple(target.shape)}"
         )
     return target.reshape(-1)
-
-
-def check_int(operator: str, name: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{operator}: {name} must be an int, got {type(value).__name__}")
-    return value  # type: ignore[return-value]
 
 
 @lru_cache(maxsize=256)

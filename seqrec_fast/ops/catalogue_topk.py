@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import _dispatch
 from .._dispatch import Spec
-from .._logits import LogitSpec, wide_dtype
+from .._logits import LogitSpec, check_int, wide_dtype
 from .._operator import Operator
 from ..backends.reference import _topk_derivatives as derivatives
 from ..backends.reference import catalogue_topk as reference
@@ -62,7 +62,7 @@ def catalogue_topk(
         ([3.0, 3.0], [0, 2])
     """
     _catalogue.check_matrices(NAME, query, items)
-    _catalogue.check_int(NAME, "k", k)
+    k = check_int(NAME, "k", k)
     if k < 1:
         raise ValueError(f"{NAME}: k must be at least 1, got {k}")
     logits = LogitSpec.build(NAME, query, items, scale=scale, bias=bias, exclude=exclude)

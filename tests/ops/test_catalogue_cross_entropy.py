@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -27,7 +28,7 @@ from memory import LargestTemporary
 from torch import Tensor
 
 import seqrec_fast as sf
-from seqrec_fast.backends.reference import _scan
+from seqrec_fast.backends.reference import _scan, _targets
 from seqrec_fast.backends.reference import catalogue_cross_entropy as reference
 from seqrec_fast.ops import _full_cross_entropy as ops
 
@@ -444,10 +445,20 @@ def test_an_excluded_item_is_no_part_of_the_mean(value: float, kind: str, smooth
     torch.testing.assert_close(loss[:2], found["without"][0][0][:2])
 
 
-@pytest.mark.parametrize("device_path", ["cpu", "no_sync"])
-def test_an_excluded_row_is_no_part_of_an_items_gradient(device_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if device_path == "no_sync":
-        monkeypatch.setattr(_scan, "all_finite", lambda tensor: True)
+@pytest.mark.parametrize("logits", ["exclude", "exclude_csr", "everything", "everything_csr"])
+@pytest.mark.parametrize("smoothing", ["uniform", "prior"])
+def test_as_where_a_look_at_the_lists_would_wait(smoothing: str, logits: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on an accelerator: every item counts as listed, and no pair is dropped."""
+    keywords = arguments(7, 23, "single", smoothing, logits)
+    expected = cross_entropy(**keywords), gradients(cross_entropy, keywords)
+    monkeypatch.setattr(_targets, "_Listed", functools.partial(_targets._Listed, drop=False))
+    for cut in (False, True):
+        if cut:
+            cut_small(monkeypatch)
+        torch.testing.assert_close((cross_entropy(**keywords), gradients(cross_entropy, keywords)), expected)
+
+
+def test_an_excluded_row_is_no_part_of_an_items_gradient() -> None:
     query, items = normal(3, 4, dtype=torch.float32), normal(20, 4, dtype=torch.float32).requires_grad_()
     exclude = torch.tensor([[5], [6], [-1]])
     gradient = {}

@@ -233,13 +233,14 @@ class _Listed:
         rows, items: [N] excluded pairs, each once; items −1 are no pairs.
         full: [I] fp64, what an item weighs in the rows that do not exclude it.
         num_rows: B.
+        drop: as :class:`_scan.Pairs`: whether the E items may be picked out; otherwise they are all I.
 
     Attributes:
         share: [I] fp64, ``full`` of the items that are not among the E.
     """
 
-    def __init__(self, rows: Tensor, items: Tensor, full: Tensor, num_rows: int) -> None:
-        if rows.device.type == "cpu":
+    def __init__(self, rows: Tensor, items: Tensor, full: Tensor, num_rows: int, *, drop: bool | None = None) -> None:
+        if (rows.device.type == "cpu") if drop is None else drop:
             named = torch.zeros(len(full), dtype=torch.bool).index_fill_(0, items[items >= 0], True)
             self.ids = named.nonzero()[:, 0]  # [E]
             place = torch.where(items >= 0, named.cumsum(0)[items.clamp_min(0)] - 1, -1)
@@ -249,7 +250,7 @@ class _Listed:
         self.weight = full[self.ids]  # [E]
         # As many vectors are gathered for a chunk as elsewhere for pairs.
         self.plan = _scan.Plan(num_rows, len(self.ids), _scan.CHUNK_NUMBERS // PAIRS)
-        self.pairs = _scan.Pairs(rows, place, self.plan)
+        self.pairs = _scan.Pairs(rows, place, self.plan, drop=drop)
         self._buffer = self.weight.new_empty(self.plan.block_rows * self.plan.chunk_items + 1)
 
     def _weights(self, block: _scan.Block, chunk: int) -> Tensor:

@@ -9,12 +9,17 @@ all backends as five raw arguments (``_LOGITS`` in ``_schema.py``).
 from __future__ import annotations
 
 import math
+import operator as operator_module
 from dataclasses import dataclass
+from typing import SupportsFloat, SupportsIndex, cast
 
 import torch
 from torch import Tensor
 
 ID_DTYPES = (torch.int64, torch.int32)
+OTHER_SPARSE = (torch.sparse_coo, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
+PLAIN = (Tensor, torch.nn.Parameter)
+NO_NUMBERS = ("bool", "bool_")  # Python's and NumPy's
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -91,14 +96,53 @@ class LogitSpec:
                 )
             row_scale = scale.reshape(-1)
             scale = 1.0
-        elif isinstance(scale, bool) or not isinstance(scale, (int, float)):
-            raise TypeError(f"{operator}: scale must be a float or a tensor, got {type(scale).__name__}")
+        else:
+            scale = check_float(operator, "scale", scale, "a float or a tensor")
         if bias is not None:
             check_vector(operator, "bias", bias, query, dtypes)
             if bias.shape != items.shape[:1]:
                 raise ValueError(f"{operator}: bias must have shape [I] = ({items.shape[0]},), got {tuple(bias.shape)}")
         ids, crow = _exclusion(operator, query, items, exclude)
-        return LogitSpec(float(scale), row_scale, bias, ids, crow)
+        return LogitSpec(scale, row_scale, bias, ids, crow)
+
+
+def check_int(operator: str, name: str, value: object) -> int:
+    """An int, or what stands for one exactly (``__index__``), such as a NumPy scalar; no bool, no tensor.
+
+    Raises:
+        TypeError: it is something else.
+        ValueError: it does not fit in 64 bits.
+    """
+    if isinstance(value, torch.SymInt) or (torch.compiler.is_compiling() and type(value) is int):
+        return cast(int, value)  # no guard on its size
+    if type(value).__name__ in NO_NUMBERS or isinstance(value, Tensor) or not hasattr(value, "__index__"):
+        raise TypeError(f"{operator}: {name} must be an int, got {type(value).__name__}")
+    try:
+        number = operator_module.index(cast(SupportsIndex, value))
+    except TypeError as error:  # an array
+        raise TypeError(f"{operator}: {name} must be an int, got {type(value).__name__}") from error
+    if not -(2**63) <= number < 2**63:
+        raise ValueError(f"{operator}: {name} must fit in 64 bits, got an int of {number.bit_length()} bits")
+    return number
+
+
+def check_float(operator: str, name: str, value: object, meaning: str = "a float") -> float:
+    """A float, or what converts to one (``__float__``), such as an int or a NumPy scalar; no bool, no tensor.
+
+    Raises:
+        TypeError: it is something else.
+        ValueError: it is beyond the range of a float.
+    """
+    if type(value) is float or (torch.compiler.is_compiling() and type(value) is int):
+        return float(cast(float, value))
+    if type(value).__name__ in NO_NUMBERS or isinstance(value, Tensor) or not hasattr(value, "__float__"):
+        raise TypeError(f"{operator}: {name} must be {meaning}, got {type(value).__name__}")
+    try:
+        return float(cast(SupportsFloat, value))
+    except OverflowError as error:
+        raise ValueError(f"{operator}: {name} must be within the range of a float, got a larger number") from error
+    except TypeError as error:  # an array
+        raise TypeError(f"{operator}: {name} must be {meaning}, got {type(value).__name__}") from error
 
 
 def check_vector(operator: str, name: str, tensor: Tensor, query: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
@@ -112,6 +156,7 @@ def check_vector(operator: str, name: str, tensor: Tensor, query: Tensor, dtypes
     if tensor.dtype not in dtypes:
         raise TypeError(f"{operator}: {name} must have the query's dtype ({query.dtype}), got {tensor.dtype}")
     check_strided(operator, name, tensor)
+    check_storage(operator, name, tensor)
     check_device(operator, name, tensor, query)
 
 
@@ -120,6 +165,21 @@ def check_strided(operator: str, name: str, tensor: Tensor) -> None:
     if tensor.layout != torch.strided or tensor.is_nested:
         kind = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
         raise TypeError(f"{operator}: {name} must be a dense tensor, got {kind}")
+
+
+def check_storage(operator: str, name: str, tensor: Tensor) -> None:
+    """Its memory was not taken away (``untyped_storage().resize_(0)``): torch's kernels would read it all the same, and crash.
+
+    Raises:
+        RuntimeError: it was.
+    """
+    # Fake, functional and transformed tensors have no memory of their own to ask for, and nothing reads it.
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or type(tensor) not in PLAIN:
+        return
+    if tensor.is_meta or torch._C._are_functorch_transforms_active():
+        return
+    if tensor.numel() and tensor.untyped_storage().nbytes() == 0:
+        raise RuntimeError(f"{operator}: {name} has no memory: its storage was freed")
 
 
 def check_device(operator: str, name: str, tensor: Tensor, query: Tensor) -> None:
@@ -135,6 +195,7 @@ def check_id_tensor(operator: str, name: str, ids: object, query: Tensor, dtypes
         names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"{operator}: {name} must be {names}, got {ids.dtype}")
     check_strided(operator, name, ids)
+    check_storage(operator, name, ids)
     check_device(operator, name, ids, query)
 
 
@@ -151,11 +212,23 @@ def csr_parts(operator: str, name: str, matrix: Tensor, query: Tensor, num_items
             f"{operator}: {name} as sparse_csr must have shape [B, I] = ({rows}, {num_items}), got {tuple(matrix.shape)}"
         )
     ids, crow = matrix.col_indices(), matrix.crow_indices()
+    check_storage(operator, name, ids)
+    check_storage(operator, name, crow)
     if crow.shape != (rows + 1,):  # torch builds a matrix without a look at its indices
         raise ValueError(
             f"{operator}: {name} as sparse_csr must have B + 1 = {rows + 1} row pointers, got {tuple(crow.shape)}"
         )
     return ids, crow
+
+
+def check_sparse_layout(operator: str, name: str, value: object) -> None:
+    """Where a ``torch.sparse_csr`` matrix is taken, no other sparse one is.
+
+    Raises:
+        TypeError: it is one.
+    """
+    if isinstance(value, Tensor) and value.layout in OTHER_SPARSE:
+        raise TypeError(f"{operator}: {name} as a sparse matrix must have layout torch.sparse_csr, got {value.layout}")
 
 
 def is_csr(value: object) -> bool:
@@ -169,6 +242,7 @@ def _exclusion(
         return None, None
     if is_csr(exclude):
         return csr_parts(operator, "exclude", exclude, query, items.shape[0])
+    check_sparse_layout(operator, "exclude", exclude)
     check_id_tensor(operator, "exclude", exclude, query, ID_DTYPES)
     lead = query.shape[:-1]
     if exclude.dim() == query.dim() and exclude.shape[:-1] == lead:

@@ -49,6 +49,7 @@ class _Call:
     k: int
     bias: bool
     gradient: bool
+    smoothing: bool
 
 
 def workspace_bytes(op_name: str, *args: Any, **options: Any) -> int:
@@ -63,7 +64,7 @@ def workspace_bytes(op_name: str, *args: Any, **options: Any) -> int:
         args, options: as the call takes them.
 
     Raises:
-        ValueError: another operator.
+        ValueError: another operator, or k < 1.
         TypeError: arguments that the operator does not take.
         BackendUnavailable: the backend in force by ``use_backend`` cannot run the call.
 
@@ -82,6 +83,8 @@ def workspace_bytes(op_name: str, *args: Any, **options: Any) -> int:
         raise TypeError(f"{op_name}: {error}") from None
     bound.apply_defaults()
     given = bound.arguments
+    if "k" in given and given["k"] < 1:
+        raise ValueError(f"{op_name}: k must be at least 1, got {given['k']}")
     call = _describe(op_name, given)
     device = given["query"].device.type
     # By the options that a backend may refuse; the others do not decide.
@@ -114,6 +117,7 @@ def _describe(operator: str, given: dict[str, Any]) -> _Call:
         k=int(given.get("k", 0)),
         bias=given["bias"] is not None,
         gradient=torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in floating),
+        smoothing=bool(given.get("label_smoothing", 0)),
     )  # fmt: skip
 
 
@@ -155,7 +159,15 @@ def _reference(call: _Call) -> int:
         return _sampled_bytes(call, size)
     sums = call.rows * (4 * call.value_width + 16) * size
     values = plan.chunk_items * call.value_width * size * (2 if call.dtype.itemsize != size else 0)
-    return _scan_bytes(call, plan, size) + sums + values
+    return _scan_bytes(call, plan, size) + sums + values + (_smoothing_bytes(call, plan) if call.smoothing else 0)
+
+
+def _smoothing_bytes(call: _Call, plan: Plan) -> int:
+    """Weights of the items and means of the rows in fp64, and a buffer of weights where rows have lists of their own."""
+    gathered = min(call.items, PAIRS) * (call.width + 1) * 16
+    listed = (plan.block_rows * min(call.items, _scan.SCORES // plan.block_rows) + 1) * 8 if call.pairs else 0
+    means = call.rows * (4 * call.width + 16) * 8
+    return 8 * 8 * call.items + means + gathered + listed + 2 * PAIR_BYTES * (call.pairs + call.targets)
 
 
 def _sampled_bytes(call: _Call, size: int) -> int:

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ._files import written_beside
-from ._logits import ID_DTYPES, check_ids
+from ._logits import ID_DTYPES, check_ids, check_int, check_storage, check_strided
 from ._workspace import workspace_bytes
 from .ops._checks import FLOATS
 from .ops.catalogue_rank import catalogue_rank
@@ -58,6 +58,8 @@ class CatalogueIndex:
             raise ValueError(f"{NAME}: first_pass must be one of {', '.join(FIRST_PASSES)}, got {first_pass!r}")
         if not isinstance(items, Tensor):
             raise TypeError(f"{NAME}: items must be a tensor, got {type(items).__name__}")
+        check_strided(NAME, "items", items)
+        check_storage(NAME, "items", items)
         if items.dtype not in FLOATS:
             raise TypeError(f"{NAME}: items must be float16, bfloat16, float32 or float64, got {items.dtype}")
         if items.dim() != 2:
@@ -153,7 +155,8 @@ class CatalogueIndex:
         Raises:
             TypeError, ValueError: kind, dtype, shape or device.
         """
-        if not isinstance(rows, Tensor) or rows.dim() != 2:
+        self._check_kind("rows", rows)
+        if rows.dim() != 2:
             self._check_like("rows", rows, (0, self._items.shape[1]), "[n, d]")
         self._check_like("rows", rows, (rows.shape[0], self._items.shape[1]), "[n, d]")
         if bias is not None:
@@ -200,7 +203,7 @@ class CatalogueIndex:
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: it is no safetensors file, or holds something else.
+            ValueError: it is no safetensors file, or holds something else: no index, or one that does not fit together.
         """
         if not Path(path).is_file():
             raise FileNotFoundError(f"{NAME}.load: there is no file {path}")
@@ -212,8 +215,13 @@ class CatalogueIndex:
             raise ValueError(f"{NAME}.load: {path} is not a safetensors file: {error}") from error
         if metadata.get("format") != FORMAT or not {"items", "removed"} <= set(tensors):
             raise ValueError(f"{NAME}.load: {path} holds no {NAME}: expected {FORMAT}, got {metadata.get('format')!r}")
-        index = cls(tensors["items"], tensors.get("bias"), first_pass=metadata["first_pass"])
-        index._removed = set(tensors["removed"].tolist())
+        try:
+            index = cls(tensors["items"], tensors.get("bias"), first_pass=metadata.get("first_pass", "none"))
+            # Written again, not taken from the biases: an id that is known as removed must not come back from a search.
+            if tensors["removed"].numel():
+                index.remove(tensors["removed"])
+        except (TypeError, ValueError, IndexError) as error:
+            raise ValueError(f"{NAME}.load: {path} holds no valid {NAME}: {error}") from error
         return index
 
     def to(self, device: torch.device | str) -> CatalogueIndex:
@@ -252,7 +260,16 @@ class CatalogueIndex:
         return sum(table.untyped_storage().nbytes() for table in tables)
 
     def workspace_bytes(self, B: int, k: int) -> int:
-        """The most memory that ``topk`` of B rows takes while it runs; see :func:`seqrec_fast.workspace_bytes`."""
+        """The most memory that ``topk`` of B rows takes while it runs; see :func:`seqrec_fast.workspace_bytes`.
+
+        Raises:
+            TypeError: B or k is not an int.
+            ValueError: B < 0 or k < 1.
+        """
+        B, k = (check_int(f"{NAME}.workspace_bytes", name, value) for name, value in (("B", B), ("k", k)))
+        for name, value, least in (("B", B, 0), ("k", k, 1)):
+            if value < least:
+                raise ValueError(f"{NAME}.workspace_bytes: {name} must be at least {least}, got {value}")
         rows = torch.empty((B, self._items.shape[1]), dtype=self.dtype, device="meta")
         items, bias = (None if t is None else t.to("meta") for t in self._tables())
         return workspace_bytes("catalogue_topk", rows, items, k, bias=bias)
@@ -305,6 +322,8 @@ class CatalogueIndex:
     def _check_kind(self, name: str, tensor: Tensor) -> None:
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{NAME}: {name} must be a tensor, got {type(tensor).__name__}")
+        check_strided(NAME, name, tensor)
+        check_storage(NAME, name, tensor)
         if tensor.dtype != self.dtype:
             raise TypeError(f"{NAME}: {name} must have the index's dtype ({self.dtype}), got {tensor.dtype}")
         if tensor.device != self.device:
@@ -315,6 +334,8 @@ class CatalogueIndex:
         if not isinstance(ids, Tensor) or ids.dtype not in ID_DTYPES:
             got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
             raise TypeError(f"{NAME}: ids must be an int64 or int32 tensor, got {got}")
+        check_strided(NAME, "ids", ids)
+        check_storage(NAME, "ids", ids)
         if ids.dim() != 1:
             raise ValueError(f"{NAME}: ids must have shape [n], got {tuple(ids.shape)}")
         check_ids(NAME, "ids", ids, len(self), padding=False)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+import threading
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -89,3 +93,65 @@ def test_backward_keeps_the_backend_of_its_forward(monkeypatch: pytest.MonkeyPat
         h, _ = sf.lstm_step(torch.ones(1, 1), (torch.ones(1, 1), torch.ones(1, 1)), w, w)
     h.sum().backward()
     assert seen == ["reference"]
+
+
+CATALOGUE_CALLS = {
+    "catalogue_attention": lambda q, items: sf.catalogue_attention(q, items),
+    "catalogue_topk": lambda q, items: sf.catalogue_topk(q, items, 2).values,
+    "catalogue_cross_entropy": lambda q, items: sf.catalogue_cross_entropy(
+        q, items, torch.zeros(len(q), dtype=torch.int64)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CATALOGUE_CALLS)
+def test_a_differentiable_backward_keeps_the_backend_of_its_forward(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(_dispatch, "choose_forced", lambda spec, forced: (seen.append(forced), "reference")[1])
+    query = torch.randn(2, 3, requires_grad=True)
+    with sf.use_backend("reference"):
+        result = CATALOGUE_CALLS[name](query, torch.randn(5, 3))
+    (gradient,) = torch.autograd.grad(result.sum(), query, create_graph=True)
+    assert seen == ["reference"]
+    if gradient.requires_grad:
+        gradient.square().sum().backward()
+
+
+@pytest.mark.parametrize("name", CATALOGUE_CALLS)
+def test_backwards_of_several_threads_leave_the_backend_alone(name: str) -> None:
+    function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = CATALOGUE_CALLS[name]
+    former = sys.getswitchinterval()
+    found = []
+
+    def work() -> None:
+        query, items = torch.randn(2, 3, requires_grad=True), torch.randn(5, 3)
+        for _ in range(20):
+            with_graph = function(query, items).sum()
+            torch.autograd.grad(with_graph, query, create_graph=True)
+            found.append(_dispatch._forced)
+
+    restore = sf.use_backend("reference")
+    query, items = torch.randn(2, 3, requires_grad=True), torch.randn(5, 3)
+    forced = [
+        function(query, items).sum() for _ in range(60)
+    ]  # their backwards want a backend that is not in force then
+    restore()
+
+    def work_forced(results: list[torch.Tensor]) -> None:
+        for result in results:
+            torch.autograd.grad(result, query, create_graph=True)
+            found.append(_dispatch._forced)
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    threads += [threading.Thread(target=work_forced, args=(forced[n::3],)) for n in range(3)]
+    sys.setswitchinterval(1e-5)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(former)
+        left, _dispatch._forced = _dispatch._forced, "auto"
+    assert left == "auto"
+    assert set(found) == {"auto"}

@@ -191,6 +191,52 @@ def test_load_says_what_is_wrong(tmp_path: Path) -> None:
         sf.CatalogueIndex.load(tmp_path / "other")
 
 
+WHOLE = {"items": torch.eye(3), "removed": torch.tensor([1])}
+METADATA = {"format": "seqrec_fast.CatalogueIndex/1", "first_pass": "auto"}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "metadata", "message"),
+    [
+        ({}, {"format": METADATA["format"]}, "first_pass must be one of auto, fp32, bf16, int8, got 'none'"),
+        ({}, METADATA | {"first_pass": "fp8"}, "first_pass must be one of auto, fp32, bf16, int8, got 'fp8'"),
+        ({"items": torch.eye(3).long()}, METADATA, "items must be float16, .* got torch.int64"),
+        ({"bias": torch.zeros(2)}, METADATA, r"bias must have shape \[I\] = \(3,\), got \(2,\)"),
+        ({"removed": torch.tensor([3])}, METADATA, "ids must hold item ids in 0…2, got 3"),
+        ({"removed": torch.tensor([-1])}, METADATA, "ids must hold item ids in 0…2, got -1"),
+        ({"removed": torch.tensor([[1]])}, METADATA, r"ids must have shape \[n\], got \(1, 1\)"),
+        ({"removed": torch.tensor([1.0])}, METADATA, "ids must be an int64 or int32 tensor, got torch.float32"),
+    ],
+)
+def test_load_looks_at_what_the_file_holds(
+    tensors: dict[str, torch.Tensor], metadata: dict[str, str], message: str, tmp_path: Path
+) -> None:
+    save_file(WHOLE | tensors, tmp_path / "file", metadata=metadata)
+    with pytest.raises(ValueError, match=f"^CatalogueIndex.load: .*/file holds no valid CatalogueIndex: .*{message}$"):
+        sf.CatalogueIndex.load(tmp_path / "file")
+
+
+@pytest.mark.parametrize("bias", [None, torch.zeros(3)], ids=["without", "with"])
+def test_a_removed_id_of_a_file_never_comes_back(bias: torch.Tensor | None, tmp_path: Path) -> None:
+    save_file(WHOLE if bias is None else WHOLE | {"bias": bias}, tmp_path / "file", metadata=METADATA)
+    index = sf.CatalogueIndex.load(tmp_path / "file")
+    assert index.topk(torch.ones(3), 3).indices.tolist() == [0, 2, -1]
+    index.update(ids(1), torch.ones(1, 3))
+    assert index.topk(torch.ones(3), 3).indices.tolist() == [1, 0, 2]
+
+
+def test_workspace_of_no_call() -> None:
+    index = sf.CatalogueIndex(torch.eye(3))
+    assert index.workspace_bytes(0, 1) >= 0
+    for B, k, message in ((-1, 1, "B must be at least 0, got -1"), (1, 0, "k must be at least 1, got 0")):
+        with pytest.raises(ValueError, match=f"^CatalogueIndex.workspace_bytes: {message}$"):
+            index.workspace_bytes(B, k)
+    with pytest.raises(TypeError, match="CatalogueIndex.workspace_bytes: k must be an int, got float"):
+        index.workspace_bytes(1, 2.0)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="catalogue_topk: k must be at least 1, got 0"):
+        sf.workspace_bytes("catalogue_topk", torch.zeros(1, 3), torch.eye(3), 0)
+
+
 def test_copies_are_independent() -> None:
     items = torch.randn(5, 3)
     index = sf.CatalogueIndex(items)
@@ -287,6 +333,9 @@ MAKE: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"bias": torch.zeros(3).double()}, TypeError, r"bias must have the index's dtype \(torch.float32\), got torch.float64"),
     ({"bias": torch.zeros(2)}, ValueError, r"bias must have shape \[I\] = \(3,\), got \(2,\)"),
     ({"bias": torch.zeros(3, device="meta")}, ValueError, r"bias must be on the index's device \(cpu\), got meta"),
+    ({"items": torch.zeros(3, 2).to_sparse()}, TypeError, "items must be a dense tensor, got layout torch.sparse_coo"),
+    ({"items": torch.nested.nested_tensor([torch.zeros(2)])}, TypeError, "items must be a dense tensor, got a nested tensor"),
+    ({"bias": torch.zeros(3).to_sparse()}, TypeError, "bias must be a dense tensor, got layout torch.sparse_coo"),
     ({"first_pass": "fp8"}, ValueError, "first_pass must be one of auto, fp32, bf16, int8, got 'fp8'"),
 ]  # fmt: skip
 CALLS: list[tuple[str, tuple[Any, ...], type[Exception], str]] = [
@@ -307,6 +356,12 @@ CALLS: list[tuple[str, tuple[Any, ...], type[Exception], str]] = [
     ("add", (torch.zeros(1, 3),), ValueError, r": rows must have shape \[n, d\] = \(1, 2\), got \(1, 3\)"),
     ("add", (torch.zeros(1, 2), torch.zeros(2)), ValueError, r": bias must have shape \[n\] = \(1,\), got \(2,\)"),
     ("remove", (torch.tensor([0, -1]),), IndexError, ": ids must hold item ids in 0…2, got -1"),
+    ("topk", (torch.zeros(1, 2).to_sparse(), 1), TypeError, ": query must be a dense tensor, got layout torch.sparse_coo"),
+    ("update", (torch.tensor([0]).to_sparse(), torch.zeros(1, 2)), TypeError, ": ids must be a dense tensor, got layout torch.sparse_coo"),
+    ("update", (torch.tensor([0]), torch.zeros(1, 2).to_sparse_csr()), TypeError, ": rows must be a dense tensor, got layout torch.sparse_csr"),
+    ("add", (torch.nested.nested_tensor([torch.zeros(2)]),), TypeError, ": rows must be a dense tensor, got a nested tensor"),
+    ("add", (torch.zeros(1, 2), torch.zeros(1).to_sparse()), TypeError, ": bias must be a dense tensor, got layout torch.sparse_coo"),
+    ("remove", (torch.tensor([0]).to_sparse(),), TypeError, ": ids must be a dense tensor, got layout torch.sparse_coo"),
     ("remove", (3,), TypeError, ": ids must be an int64 or int32 tensor, got int"),
 ]  # fmt: skip
 

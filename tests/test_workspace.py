@@ -75,17 +75,18 @@ def run(operator: str, keywords: dict[str, Any]) -> tuple[int, int]:
         args = (loss, lse, query, items, *lists, *raw, -100, 0.0, None, [True, True, False, bias], 0)
         return forward, measured(sampled.backward, *args)[0]
     lists = (keywords["target"], None, None)
+    smoothing = keywords.get("label_smoothing", 0.0)
     forward, (loss, *kept) = measured(
-        cross_entropy.forward, query, items, *lists, *raw, -100, 0.0, None, 0.0, None, False, True, 0
+        cross_entropy.forward, query, items, *lists, *raw, -100, smoothing, None, 0.0, None, False, True, 0
     )
-    args = (loss, loss, *kept, query, items, *lists, *raw, -100, 0.0, None, 0.0, [True, True, False, bias], 0)
+    args = (loss, loss, *kept, query, items, *lists, *raw, -100, smoothing, None, 0.0, [True, True, False, bias], 0)
     return forward + size_of(tuple(kept)), measured(cross_entropy.backward, *args)[0]
 
 
 @pytest.mark.parametrize("options", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize(
-    "operator", ["catalogue_attention", "catalogue_cross_entropy", "catalogue_rank", "catalogue_topk", "negatives", "own_negatives"]
+    "operator", ["catalogue_attention", "catalogue_cross_entropy", "catalogue_rank", "catalogue_topk", "negatives", "own_negatives", "smoothed"]
 )  # fmt: skip
 def test_is_a_bound_and_not_a_wild_one(operator: str, dtype: torch.dtype, options: bool) -> None:
     for rows, items, width in SHAPES:
@@ -95,6 +96,8 @@ def test_is_a_bound_and_not_a_wild_one(operator: str, dtype: torch.dtype, option
             keywords["target"] = torch.randint(0, items, (rows,))
         if operator == "catalogue_topk":
             keywords["k"] = 10
+        if operator == "smoothed":
+            keywords["label_smoothing"] = 0.1
         if "negatives" in operator:
             keywords["negatives"] = torch.randint(0, items, (rows, 50) if operator.startswith("own") else (300,))
         given = {("keys" if name == "catalogue_attention" and n == "items" else n): v for n, v in keywords.items()}

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .._logits import check_float
 from ..ops.catalogue_attention import catalogue_attention, check_num_heads
 from ..ops.catalogue_cross_entropy import catalogue_cross_entropy, check_options
 
@@ -30,10 +31,8 @@ class CatalogueAttention(nn.Module):
 
     def __init__(self, num_heads: int = 1, *, scale: float = 1.0, return_lse: bool = False) -> None:
         super().__init__()
-        check_num_heads(num_heads)
-        if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-            raise TypeError(f"CatalogueAttention: scale must be a float, got {type(scale).__name__}")
-        self.num_heads, self.scale, self.return_lse = num_heads, float(scale), return_lse
+        self.num_heads, self.return_lse = check_num_heads(num_heads), return_lse
+        self.scale = check_float("CatalogueAttention", "scale", scale)
 
     def forward(
         self,
@@ -100,12 +99,11 @@ class CatalogueCrossEntropyLoss(nn.Module):
         return_skipped: bool = False,
     ) -> None:
         super().__init__()
-        check_options(reduction, label_smoothing, skip_mass, ignore_index)
-        if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-            raise TypeError(f"CatalogueCrossEntropyLoss: scale must be a float, got {type(scale).__name__}")
-        self.scale, self.ignore_index, self.label_smoothing = float(scale), ignore_index, float(label_smoothing)
+        options = check_options(reduction, label_smoothing, skip_mass, ignore_index)
+        self.label_smoothing, self.skip_mass, self.ignore_index = options
+        self.scale = check_float("CatalogueCrossEntropyLoss", "scale", scale)
         self.reduction, self.return_lse, self.return_skipped = reduction, return_lse, return_skipped
-        self.sparse_grad, self.skip_mass = sparse_grad, float(skip_mass)
+        self.sparse_grad = sparse_grad
         self.register_buffer("smoothing_prior", smoothing_prior)
 
     def forward(

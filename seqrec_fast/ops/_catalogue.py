@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Sequence
 from functools import lru_cache
 from typing import Any
@@ -9,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._dispatch import Spec, use_backend
-from .._logits import check_id_tensor, wide_dtype
-from .._operator import Operator, transforms_active
+from .._dispatch import Spec
+from .._logits import check_id_tensor, check_storage, wide_dtype
+from .._operator import Operator, tracing, transforms_active
 from .._precision import autocast_enabled
 from ..backends.reference._derivatives import Formula
 from ._checks import check_floating
@@ -35,6 +36,9 @@ def autocast(operator: str, **tensors: Tensor | None) -> tuple[Any, ...]:
     kind = next((tensor.device.type for tensor in tensors.values() if tensor is not None), "cpu")
     if not autocast_enabled(kind):
         return tuple(tensors.values())
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            check_storage(operator, name, tensor)
     dtype = torch.get_autocast_dtype(kind)
 
     def cast(tensor: Tensor | None) -> Tensor | None:
@@ -53,6 +57,8 @@ def check_matrices(operator: str, query: Tensor, items: Tensor, items_name: str 
     for name, tensor in (("query", query), (items_name, items)):
         check_is_tensor(operator, name, tensor)
     check_floating(operator, **{"query": query, items_name: items})
+    for name, tensor in (("query", query), (items_name, items)):
+        check_storage(operator, name, tensor)
     if query.dim() == 0:
         raise ValueError(f"{operator}: query must have shape [..., d], got a scalar")
     if items.dim() != 2:
@@ -86,12 +92,6 @@ def check_single_target(operator: str, target: Tensor, query: Tensor) -> Tensor:
             f"got {tuple(target.shape)}"
         )
     return target.reshape(-1)
-
-
-def check_int(operator: str, name: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{operator}: {name} must be an int, got {type(value).__name__}")
-    return value  # type: ignore[return-value]
 
 
 @lru_cache(maxsize=256)
@@ -132,12 +132,22 @@ def refuse_gradient(operator: str, **tensors: Tensor | None) -> None:
 
 def run_backward(operator: Operator, args: tuple[Any, ...], forced: str) -> tuple[Tensor, ...]:
     """The backward operator, differentiable where somebody may differentiate it; with the backend of the forward."""
-    if torch.is_grad_enabled() or transforms_active():
-        with use_backend(forced):
-            results: tuple[Tensor, ...] = operator(*args)
-    else:
+    # ``forced`` goes along as an argument: use_backend is one setting for all threads, and backwards run in several at once.
+    results: tuple[Tensor, ...]
+    if not (torch.is_grad_enabled() or transforms_active()):
         results = operator.below_autograd(*args, forced=forced)
+    elif tracing():
+        results = operator(*args)
+    elif transforms_active() or any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
+        results = operator.function.apply(*args, forced)
+    else:
+        results = operator.run(*args, forced=forced)
     return results
+
+
+def split_forced(args: tuple[Any, ...], count: int) -> tuple[tuple[Any, ...], str | None]:
+    """The ``count`` raw arguments of a backward operator, and the backend that :func:`run_backward` added to them, if it did."""
+    return args[:count], args[count] if len(args) > count else None
 
 
 def directions(formula: Formula, **given: Tensor | None) -> dict[str, Tensor]:
@@ -155,9 +165,12 @@ def directions(formula: Formula, **given: Tensor | None) -> dict[str, Tensor]:
 def as_gradients(
     names: Sequence[str | None], found: dict[str, Tensor], likes: dict[str, Tensor | None], needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
-    """Gradients in the order of the raw arguments ``names``, each in its input's dtype."""
+    """Gradients in the order of the raw arguments ``names``, each in its input's dtype.
+
+    ``needs`` may be one longer than ``names``, by the backend that :func:`run_backward` adds.
+    """
     gradients: list[Tensor | None] = []
-    for name, needed in zip(names, needs, strict=True):
+    for name, needed in itertools.zip_longest(names, needs):
         gradient = found.get(name) if needed and name is not None else None
         like = None if name is None else likes.get(name)
         gradients.append(gradient if gradient is None or like is None else gradient.to(like.dtype))

@@ -25,6 +25,7 @@ _BY_ROW = (0, 2, 3, 6, 8)
 # The backward operator: grad_loss, grad_lse, lse, context, mean_vectors, then from query to skip_mass as above, then
 # output_mask and precision.
 _SAVED = 5
+_NUM_BACKWARD_ARGS = 21
 
 
 def _describe(query: Tensor, items: Tensor, *rest: Any) -> Spec:
@@ -173,12 +174,13 @@ class CatalogueCrossEntropyBackwardFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        result: tuple[Tensor, ...] = CATALOGUE_CROSS_ENTROPY_BACKWARD.below_autograd(*args)
+        args, forced = _catalogue.split_forced(args, _NUM_BACKWARD_ARGS)
+        result: tuple[Tensor, ...] = CATALOGUE_CROSS_ENTROPY_BACKWARD.below_autograd(*args, forced=forced)
         return result
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        grad_loss, grad_lse, lse, _, _, query, items, target, weights, target_crow, *rest = inputs
+        grad_loss, grad_lse, lse, _, _, query, items, target, weights, target_crow, *rest = inputs[:_NUM_BACKWARD_ARGS]
         scale, row_scale, bias, exclude, crow, ignore_index, label_smoothing, prior, _, mask, precision = rest
         saved = (grad_loss, grad_lse, lse, query, items, row_scale, bias)
         constants = (target, weights, target_crow, exclude, crow, prior)

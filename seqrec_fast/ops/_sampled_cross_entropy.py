@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import _dispatch
 from .._dispatch import Spec
 from .._logits import LogitSpec, wide_dtype
-from .._operator import Operator
+from .._operator import Operator, transforms_active
 from ..backends.reference import catalogue_sampled_cross_entropy as reference
 from ..backends.reference._sampled import Sampled
 from ..backends.reference._scan import plain_arithmetic, scaled_query
@@ -107,7 +107,8 @@ class CatalogueSampledCrossEntropyFunction(torch.autograd.Function):
         mask = [needs[0], needs[1], needs[8], needs[9]]
         logits = LogitSpec(ctx.scale, row_scale, bias, exclude, crow)
         options = (ctx.ignore_index, ctx.label_smoothing, prior)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        # A forward-mode level turns gradients of gradients off, and still differentiates what runs here.
+        if (torch.is_grad_enabled() or transforms_active()) and not torch.compiler.is_compiling():
             dq, di, ds, db = _differentiable(
                 grad_loss, grad_lse, query, items, cast(Lists, tuple(lists)), logits, options, ctx.precision
             )

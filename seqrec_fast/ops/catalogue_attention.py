@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import _dispatch
 from .._dispatch import Spec
-from .._logits import LogitSpec, wide_dtype
+from .._logits import LogitSpec, check_int, check_storage, wide_dtype
 from .._operator import Operator
 from .._precision import current_precision
 from ..backends.reference import _attention_derivatives as derivatives
@@ -96,7 +96,7 @@ def catalogue_attention(
         torch.Size([4, 16])
     """
     query, keys, values = _catalogue.autocast(NAME, query=query, keys=keys, values=values)
-    _check(query, keys, values, num_heads)
+    num_heads = _check(query, keys, values, num_heads)
     dtypes = _catalogue.autocast_dtypes(query.device, query.dtype)
     logits = LogitSpec.build(NAME, query, keys, scale=scale, bias=bias, exclude=exclude, float_dtypes=dtypes)
     rows = _catalogue.rows_of(query)
@@ -110,34 +110,38 @@ def catalogue_attention(
     return context, lse.reshape(lead if num_heads == 1 else (*lead, num_heads))
 
 
-def _check(query: Tensor, keys: Tensor, values: Tensor | None, num_heads: int) -> None:
+def _check(query: Tensor, keys: Tensor, values: Tensor | None, num_heads: int) -> int:
     _catalogue.check_matrices(NAME, query, keys, "keys")
     if values is not None:
         check_floating(NAME, query=query, values=values)
+        check_storage(NAME, "values", values)
         if values.dim() != 2 or values.shape[0] != keys.shape[0]:
             raise ValueError(
                 f"{NAME}: values must have shape [I, d_v] with I = {keys.shape[0]}, got {tuple(values.shape)}"
             )
-    check_num_heads(num_heads)
+    num_heads = check_num_heads(num_heads)
     for name, width in (("query", query.shape[-1]), ("values", query.shape[-1] if values is None else values.shape[1])):
         if width % num_heads:
             raise ValueError(f"{NAME}: the width of {name}, {width}, must be a multiple of num_heads = {num_heads}")
+    return num_heads
 
 
-def check_num_heads(num_heads: int) -> None:
+def check_num_heads(num_heads: int) -> int:
     """A positive int.
 
     Raises:
         TypeError, ValueError.
     """
-    _catalogue.check_int(NAME, "num_heads", num_heads)
+    num_heads = check_int(NAME, "num_heads", num_heads)
     if num_heads < 1:
         raise ValueError(f"{NAME}: num_heads must be at least 1, got {num_heads}")
+    return num_heads
 
 
 # Wiring. Raw arguments: query, keys, values, num_heads, 5 of the LogitSpec, precision.
 _BY_ROW = (0, 5, 7)
 _INCOMING = ("grad_context", "grad_lse", "context", "lse")  # come first in the backward operator
+_NUM_BACKWARD_ARGS = 15
 
 
 def _describe(query: Tensor, keys: Tensor, values: Tensor | None, num_heads: int, *rest: Any) -> Spec:
@@ -231,12 +235,15 @@ class CatalogueAttentionBackwardFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        result: tuple[Tensor, ...] = CATALOGUE_ATTENTION_BACKWARD.below_autograd(*args)
+        args, forced = _catalogue.split_forced(args, _NUM_BACKWARD_ARGS)
+        result: tuple[Tensor, ...] = CATALOGUE_ATTENTION_BACKWARD.below_autograd(*args, forced=forced)
         return result
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *incoming, query, keys, values, num_heads, scale, row_scale, bias, exclude, crow, mask, precision = inputs
+        *incoming, query, keys, values, num_heads, scale, row_scale, bias, exclude, crow, mask, precision = inputs[
+            :_NUM_BACKWARD_ARGS
+        ]
         ctx.save_for_backward(*incoming, query, keys, values, row_scale, bias, exclude, crow)
         ctx.save_for_forward(*incoming, query, keys, values, row_scale, bias, exclude, crow)
         ctx.set_materialize_grads(False)

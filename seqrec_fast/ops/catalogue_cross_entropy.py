@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Literal, TypedDict, overload
 import torch
 from torch import Tensor
 
-from .._logits import LogitSpec, check_id_tensor, check_vector, csr_parts, is_csr, wide_dtype
+from .._logits import (
+    LogitSpec,
+    check_float,
+    check_id_tensor,
+    check_int,
+    check_sparse_layout,
+    check_vector,
+    csr_parts,
+    is_csr,
+    wide_dtype,
+)
 from .._operator import transforms_active
 from .._precision import current_precision
 from ..backends.reference import catalogue_sampled_cross_entropy as sampled_reference
@@ -156,7 +166,7 @@ def catalogue_cross_entropy(
     _catalogue.check_matrices(NAME, query, items)
     dtypes = _catalogue.autocast_dtypes(query.device, query.dtype)
     logits = LogitSpec.build(NAME, query, items, scale=scale, bias=bias, exclude=exclude, float_dtypes=dtypes)
-    check_options(reduction, label_smoothing, skip_mass, ignore_index)
+    label_smoothing, skip_mass, ignore_index = check_options(reduction, label_smoothing, skip_mass, ignore_index)
     targets = _targets(query, items, target, target_weights, ignore_index, dtypes)
     _check_vector_options(query, items, smoothing_prior, negatives, negatives_log_q, dtypes)
     _catalogue.refuse_gradient(
@@ -167,12 +177,12 @@ def catalogue_cross_entropy(
     rows = _catalogue.rows_of(query)
     skipped = rows.new_zeros(rows.shape[0], dtype=wide_dtype(query.dtype)) if return_skipped else None
     raw_targets = (targets.ids, targets.weights, targets.crow)
-    options = (ignore_index, float(label_smoothing), smoothing_prior)
+    options = (ignore_index, label_smoothing, smoothing_prior)
     precision = current_precision()
     if negatives is None:
         save = _catalogue.wants_gradient(query, logits.row_scale) or transforms_active_eagerly()
         loss, lse, _, _ = CATALOGUE_CROSS_ENTROPY(
-            rows, items, *raw_targets, *logits.args(), *options, float(skip_mass), skipped, sparse_grad, save, precision,
+            rows, items, *raw_targets, *logits.args(), *options, skip_mass, skipped, sparse_grad, save, precision,
         )  # fmt: skip
     else:
         negatives = negatives if negatives.dim() == 1 else negatives.reshape(rows.shape[0], negatives.shape[-1])
@@ -207,20 +217,22 @@ def _reduce(loss: Tensor, valid: Tensor, reduction: str) -> Tensor:
     return total if reduction == "sum" else total / valid.sum().clamp_min(1)
 
 
-def check_options(reduction: str, label_smoothing: float, skip_mass: float, ignore_index: int) -> None:
-    """The options that are no tensors.
+def check_options(
+    reduction: str, label_smoothing: float, skip_mass: float, ignore_index: int
+) -> tuple[float, float, int]:
+    """The options that are no tensors: label_smoothing, skip_mass and ignore_index as Python's numbers.
 
     Raises:
         TypeError, ValueError.
     """
     if reduction not in REDUCTIONS:
         raise ValueError(f"{NAME}: reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    label_smoothing = check_float(NAME, "label_smoothing", label_smoothing)
+    skip_mass = check_float(NAME, "skip_mass", skip_mass)
     for name, value in (("label_smoothing", label_smoothing), ("skip_mass", skip_mass)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{NAME}: {name} must be a float, got {type(value).__name__}")
         if not 0.0 <= value <= 1.0:
             raise ValueError(f"{NAME}: {name} must be between 0 and 1, got {value}")
-    _catalogue.check_int(NAME, "ignore_index", ignore_index)
+    return label_smoothing, skip_mass, check_int(NAME, "ignore_index", ignore_index)
 
 
 @dataclass(frozen=True)
@@ -243,6 +255,7 @@ def _targets(
         ids, crow = csr_parts(NAME, "target", target, query, items.shape[0])
         _check_weights(query, weights, ids.shape, dtypes)
         return _Targets(ids.long(), weights, crow, crow.diff() > 0)
+    check_sparse_layout(NAME, "target", target)
     check_id_tensor(NAME, "target", target, query, (torch.int64,))
     lead = query.shape[:-1]
     if target.shape == lead:

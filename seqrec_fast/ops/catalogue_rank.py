@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import _dispatch
 from .._dispatch import Spec
-from .._logits import LogitSpec
+from .._logits import LogitSpec, check_int
 from .._operator import Operator
 from ..backends.reference import catalogue_rank as reference
 from . import _catalogue
@@ -63,7 +63,7 @@ def catalogue_rank(
     _catalogue.check_matrices(NAME, query, items)
     target = _catalogue.check_single_target(NAME, target, query)
     logits = LogitSpec.build(NAME, query, items, scale=scale, bias=bias, exclude=exclude)
-    _catalogue.check_int(NAME, "ignore_index", ignore_index)
+    ignore_index = check_int(NAME, "ignore_index", ignore_index)
     rows = _catalogue.rows_of(query)
     result: Tensor = CATALOGUE_RANK(rows, items, target, *logits.args(), ignore_index)
     return result.reshape(query.shape[:-1])

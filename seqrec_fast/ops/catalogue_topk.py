@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import _dispatch
 from .._dispatch import Spec
-from .._logits import LogitSpec, wide_dtype
+from .._logits import LogitSpec, check_int, wide_dtype
 from .._operator import Operator
 from ..backends.reference import _topk_derivatives as derivatives
 from ..backends.reference import catalogue_topk as reference
@@ -62,7 +62,7 @@ def catalogue_topk(
         ([3.0, 3.0], [0, 2])
     """
     _catalogue.check_matrices(NAME, query, items)
-    _catalogue.check_int(NAME, "k", k)
+    k = check_int(NAME, "k", k)
     if k < 1:
         raise ValueError(f"{NAME}: k must be at least 1, got {k}")
     logits = LogitSpec.build(NAME, query, items, scale=scale, bias=bias, exclude=exclude)
@@ -73,6 +73,7 @@ def catalogue_topk(
 
 # Wiring. Raw arguments: query, items, k, 5 of the LogitSpec.
 _BY_ROW = (0, 4, 6)
+_NUM_BACKWARD_ARGS = 8
 
 
 def _describe(query: Tensor, items: Tensor, k: int, *rest: Any) -> Spec:
@@ -157,12 +158,13 @@ class CatalogueTopKBackwardFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        result: tuple[Tensor, ...] = CATALOGUE_TOPK_BACKWARD.below_autograd(*args)
+        args, forced = _catalogue.split_forced(args, _NUM_BACKWARD_ARGS)
+        result: tuple[Tensor, ...] = CATALOGUE_TOPK_BACKWARD.below_autograd(*args, forced=forced)
         return result
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        grad_values, indices, query, items, scale, row_scale, bias, mask = inputs
+        grad_values, indices, query, items, scale, row_scale, bias, mask = inputs[:_NUM_BACKWARD_ARGS]
         ctx.save_for_backward(grad_values, indices, query, items, row_scale, bias)
         ctx.save_for_forward(grad_values, indices, query, items, row_scale, bias)
         ctx.set_materialize_grads(False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -27,7 +28,7 @@ from memory import LargestTemporary
 from torch import Tensor
 
 import seqrec_fast as sf
-from seqrec_fast.backends.reference import _scan
+from seqrec_fast.backends.reference import _scan, _targets
 from seqrec_fast.backends.reference import catalogue_cross_entropy as reference
 from seqrec_fast.ops import _full_cross_entropy as ops
 
@@ -400,3 +401,100 @@ def test_results_come_in_order() -> None:
     assert len(results) == 3
     torch.testing.assert_close(results[1], suite.naive_cross_entropy(**keywords)[1])
     assert results[2].eq(0).all()
+
+
+# Label smoothing beside exclusion.
+
+
+def _excluding(kind: str) -> Tensor:
+    if kind == "csr":
+        listed = torch.zeros(3, 100)
+        listed[:, 50] = 1
+        return listed.to_sparse_csr()
+    return torch.tensor([50]) if kind == "shared" else torch.tensor([[50, 7, 50], [50, -1, 4], [50, 5, 50]])
+
+
+@pytest.mark.parametrize("differentiated", [False, True])
+@pytest.mark.parametrize("smoothing", ["uniform", "prior", "huge_prior"])
+@pytest.mark.parametrize("kind", ["padded", "csr", "shared"])
+@pytest.mark.parametrize("value", [1e17, INFINITY, NAN])
+def test_an_excluded_item_is_no_part_of_the_mean(value: float, kind: str, smoothing: str, differentiated: bool) -> None:
+    prior = None if smoothing == "uniform" else torch.rand(100) + 0.1
+    keywords = {
+        "query": normal(3, 8, dtype=torch.float32),
+        "items": normal(100, 8, dtype=torch.float32),
+        "target": torch.tensor([3, 4, 50]),  # the last row's own target is never excluded from it
+        "exclude": _excluding(kind),
+        "label_smoothing": 0.1,
+        "smoothing_prior": prior,
+    }
+    target = torch.tensor([3, 4, 5])
+    function = doubly_differentiated if differentiated and value == 1e17 else cross_entropy
+    found = {}
+    for name, held in (("without", 0.0), ("with", value)):
+        items = keywords["items"].index_fill(0, torch.tensor([50]), held)
+        given = {**keywords, "items": items, "target": target}
+        if smoothing == "huge_prior":
+            assert prior is not None
+            given["smoothing_prior"] = prior.index_fill(0, torch.tensor([50]), 1e17 if name == "with" else 1.0)
+        found[name] = (cross_entropy(**given), gradients(function, given))
+    torch.testing.assert_close(found["with"], found["without"], rtol=0, atol=0)
+    # And where it is a row's target, it is a part of that row alone.
+    items = keywords["items"].index_fill(0, torch.tensor([50]), 1e17)
+    loss, _ = cross_entropy(**{**keywords, "items": items})
+    torch.testing.assert_close(loss[:2], found["without"][0][0][:2])
+
+
+@pytest.mark.parametrize("logits", ["exclude", "exclude_csr", "everything", "everything_csr"])
+@pytest.mark.parametrize("smoothing", ["uniform", "prior"])
+def test_as_where_a_look_at_the_lists_would_wait(smoothing: str, logits: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on an accelerator: every item counts as listed, and no pair is dropped."""
+    keywords = arguments(7, 23, "single", smoothing, logits)
+    expected = cross_entropy(**keywords), gradients(cross_entropy, keywords)
+    monkeypatch.setattr(_targets, "_Listed", functools.partial(_targets._Listed, drop=False))
+    for cut in (False, True):
+        if cut:
+            cut_small(monkeypatch)
+        torch.testing.assert_close((cross_entropy(**keywords), gradients(cross_entropy, keywords)), expected)
+
+
+def test_an_excluded_row_is_no_part_of_an_items_gradient() -> None:
+    query, items = normal(3, 4, dtype=torch.float32), normal(20, 4, dtype=torch.float32).requires_grad_()
+    exclude = torch.tensor([[5], [6], [-1]])
+    gradient = {}
+    for size in (1.0, 1e17):
+        scaled = query * torch.tensor([size, 1.0, 1.0])[:, None]
+        losses = sf.catalogue_cross_entropy(
+            scaled, items, torch.tensor([1, 2, 3]), exclude=exclude, label_smoothing=0.1, reduction="none"
+        )
+        gradient[size] = torch.autograd.grad(losses.sum(), items)[0][5]
+    torch.testing.assert_close(gradient[1e17], gradient[1.0])
+
+
+@pytest.mark.parametrize("label_smoothing", [0.1, 1.0])
+@pytest.mark.parametrize("kind", ["shared", "padded", "csr", "one_item", "dead"])
+def test_a_row_of_nothing_but_its_target_costs_exactly_nothing(kind: str, label_smoothing: float) -> None:
+    count = 1 if kind == "one_item" else 100
+    query = (normal(2, 8, dtype=torch.float32) * 1e5).requires_grad_()
+    items = normal(count, 8, dtype=torch.float32).requires_grad_()
+    target = torch.zeros(2, dtype=torch.int64) if kind in ("one_item", "dead") else torch.tensor([3, 4])
+    exclude, bias = None, None
+    if kind == "shared":
+        exclude = torch.arange(count)
+    elif kind == "padded":
+        exclude = torch.arange(count).expand(2, -1)
+    elif kind == "csr":
+        exclude = torch.ones(2, count).to_sparse_csr()
+    elif kind == "dead":
+        bias = torch.full((count,), -INFINITY).index_fill(0, torch.tensor([0]), 0.5).requires_grad_()
+    loss, lse = cross_entropy(
+        query=query, items=items, target=target, exclude=exclude, bias=bias, label_smoothing=label_smoothing
+    )
+    assert loss.eq(0).all()
+    leaves = [leaf for leaf in (query, items, bias) if leaf is not None]
+    found = torch.autograd.grad(loss.sum(), leaves, create_graph=True)
+    assert all(gradient.eq(0).all() for gradient in found)
+    (of_lse,) = torch.autograd.grad(lse.sum(), query, retain_graph=True)
+    torch.testing.assert_close(of_lse, items.detach()[target])
+    (second,) = torch.autograd.grad(found[0].sum(), query)
+    assert second.eq(0).all()

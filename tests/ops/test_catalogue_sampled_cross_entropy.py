@@ -258,3 +258,19 @@ def test_memory_is_that_of_the_candidates(monkeypatch: pytest.MonkeyPatch) -> No
         loss, _ = reference.forward(*raw, *options, False, 0)
         reference.backward(loss, loss, *raw, *options, [True] * 4, 0)
     assert 0 < watch.elements <= max(1 << 10, 300 * 3)
+
+
+@pytest.mark.parametrize("sparse_grad", [False, True])
+def test_a_tangent_goes_through_a_gradient(sparse_grad: bool) -> None:
+    query, items = normal(2, 3).requires_grad_(), normal(20, 3).requires_grad_()
+    direction = normal(2)
+    losses = sf.catalogue_cross_entropy(
+        query, items, torch.tensor([3, 4]), negatives=torch.arange(10), reduction="none", sparse_grad=sparse_grad
+    )
+
+    def gradient(v: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(losses, (query, items), v, retain_graph=True)
+
+    values, tangents = torch.func.jvp(gradient, (direction,), (direction,))
+    assert tangents[0].abs().max() > 0
+    torch.testing.assert_close(tangents, tuple(v.to_dense() for v in values))  # the gradient is linear in v

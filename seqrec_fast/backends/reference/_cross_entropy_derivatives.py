@@ -53,11 +53,28 @@ class CrossEntropyGradient(Formula):
             return total
         return total + self.label_smoothing * self.smoothing.ranked.to(total.dtype)
 
+    def moving(self, by_row: Tensor) -> Tensor:
+        """0 in the rows whose loss is a constant: those ignored, and those in which only the target remains."""
+        fixed = ~self.targets.valid
+        if self.smoothing is not None:
+            fixed = fixed | self.smoothing.sure
+        return torch.where(fixed, 0.0, by_row)
+
+    def mixture(self, span: slice, dtype: torch.dtype) -> Tensor:
+        """u [B, C], what smoothing mixes in."""
+        assert self.smoothing is not None
+        share = torch.where(self.smoothing.ranked, 1 / self.smoothing.mass, 0.0)[:, None] * self.smoothing.full[span]
+        hidden = self.hidden(span)
+        return (share if hidden is None else torch.where(hidden, 0.0, share)).to(dtype)
+
     def chunk(self, by_row: Tensors, by_item: Tensors, span: slice) -> Results:
         query, scores = self.scores(by_row, by_item)
         p = probabilities(scores, by_row["lse"], self.hidden(span))  # [B, C]
-        weight = by_row["grad_loss"] * self.lse_weight + by_row["grad_lse"]
+        grad_loss = self.moving(by_row["grad_loss"])
+        weight = grad_loss * self.lse_weight + by_row["grad_lse"]
         ds = torch.where(self.targets.valid, weight, 0.0)[:, None] * p  # [B, C]
+        if self.smoothing is not None:
+            ds = ds - (self.label_smoothing * grad_loss)[:, None] * self.mixture(span, p.dtype)
         direction = ds @ by_item["items"]  # [B, d]
         rows = {"query": scaled_query(direction, self._logits(by_row, by_item))}
         if "row_scale" in by_row:
@@ -71,32 +88,33 @@ class CrossEntropyGradient(Formula):
         names = [name for name in ("query", "row_scale") if name in by_row]
         inputs = ({name: by_row[name] for name in names}, by_item)
         _, pull = vjp(self.linear_scores, *inputs)
-        rows, items = pull(torch.where(self.targets.valid, -by_row["grad_loss"], 0.0))
+        rows, items = pull(-self.moving(by_row["grad_loss"]))
         return rows, items
 
     def linear_scores(self, by_row: Tensors, by_item: Tensors) -> Tensor:
-        """L [B]."""
+        """The targets' part of L, [B]."""
         # The bias decides which targets have a score: by the value given, not by one that is being differentiated.
         logits = self._logits(by_row, by_item)
-        return linear_part(
-            by_row["query"], by_item["items"], logits, self.targets, self.smoothing, self.label_smoothing
-        )
+        return linear_part(by_row["query"], by_item["items"], logits, self.targets, self.label_smoothing)
 
 
 def tangent(formula: CrossEntropyGradient, by_row: Tensors, by_item: Tensors) -> tuple[Tensor, Tensor]:
     """Tangents of loss and lse [B], given those of query, row_scale, items and bias: dlse = Σᵢ pᵢ·dsᵢ, dloss = A·dlse − dL."""
     rows = {name: formula.by_row[name] for name in by_row}
     lse = formula.by_row["lse"]
-    d_lse = torch.zeros_like(lse)
+    d_lse, d_mean = torch.zeros_like(lse), torch.zeros_like(lse)
     for span in formula.spans():
         items = {name: tensor[span] for name, tensor in formula.by_item.items()}
         d_items = {name: tensor[span] for name, tensor in by_item.items()}
         scores = formula.scores(rows, items)[1]
         d_scores = tangent_of(lambda r, i: formula.scores(r, i)[1], (rows, items), (by_row, d_items))
         d_lse = d_lse + (probabilities(scores, lse, formula.hidden(span)) * d_scores).sum(1)
+        if formula.smoothing is not None:
+            d_mean = d_mean + (formula.mixture(span, lse.dtype) * d_scores).sum(1)
     d_lse = torch.where(formula.targets.valid, d_lse, 0.0)
     d_linear = tangent_of(formula.linear_scores, (rows, formula.by_item), (by_row, by_item))
-    return formula.lse_weight * d_lse - torch.where(formula.targets.valid, d_linear, 0.0), d_lse
+    d_linear = d_linear + formula.label_smoothing * d_mean
+    return formula.moving(formula.lse_weight * d_lse - d_linear), d_lse
 
 
 def make(

@@ -177,14 +177,15 @@ def forward(
     with plain_arithmetic(query.device, precision):
         scan, pairs = problem.scan(precision)
         result = softmax_scan(scan, targets=pairs, context=save_context)
-        loss = _loss(problem, scan, pairs, result)
+        means = None if problem.smoothing is None else problem.smoothing.mean_vectors(items)
+        loss = _loss(problem, scan, pairs, result, means)
     num_rows = query.shape[0]
     lse = result.lse
     context, mean_vectors = (query.new_empty(0, dtype=scan.dtype) for _ in range(2))
     if result.context is not None:
         context = problem.to_rows(result.context, num_rows)
-        if problem.smoothing is not None:
-            mean_vectors = problem.to_rows(problem.smoothing.mean_vectors(items).to(scan.dtype), num_rows)
+        if means is not None:
+            mean_vectors = problem.to_rows(means.to(scan.dtype), num_rows)
     return (
         problem.to_rows(loss, num_rows),
         problem.to_rows(lse, num_rows),
@@ -193,17 +194,18 @@ def forward(
     )
 
 
-def _loss(problem: Problem, scan: Scan, pairs: Pairs, result: Softmax) -> Tensor:
+def _loss(problem: Problem, scan: Scan, pairs: Pairs, result: Softmax, means: Tensor | None) -> Tensor:
     """A·log Σ exp(s − c) − (L − A·c), [B']: the shift c cancels before anything is rounded."""
     assert result.targets is not None and pairs.weight is not None
     weight = pairs.weight * (1 - problem.label_smoothing)
     linear = torch.zeros_like(result.shift)
     linear.index_add_(0, pairs.rows, torch.where(weight == 0, 0.0, weight * result.targets))
-    if problem.smoothing is not None:
+    if problem.smoothing is not None and means is not None:
         smoothing = problem.smoothing
-        mean = (scan.query.double() * smoothing.mean_vectors(problem.items)).sum(1)
-        mean = mean + smoothing.mean_bias(problem.logits.bias) - result.shift.double()
-        linear += problem.label_smoothing * torch.where(smoothing.ranked, mean, 0.0).to(linear.dtype)
+        mean = (scan.query.double() * means).sum(1)
+        mean = (mean + smoothing.mean_bias(problem.logits.bias) - result.shift.double()).to(linear.dtype)
+        mean = torch.where(smoothing.sure, result.log_total, mean)  # the same score, in fp32: nothing is left of it
+        linear += problem.label_smoothing * torch.where(smoothing.ranked, mean, 0.0)
     # A target whose score is −∞ costs +∞, also where nothing else has a probability.
     log_total = torch.where(result.log_total == float("-inf"), 0.0, result.log_total)
     loss = problem.lse_weight * log_total - linear
@@ -255,6 +257,8 @@ def backward(
         grad_loss, grad_lse = (torch.where(valid, g, 0.0) for g in (grad_loss, grad_lse))
         lse = torch.where(valid, lse, float("inf"))
         problem = replace(problem, query=torch.where(valid[:, None], problem.query, 0.0))
+    if problem.smoothing is not None:
+        grad_loss = torch.where(problem.smoothing.sure, 0.0, grad_loss)
     weight = grad_loss * problem.lse_weight + grad_lse  # [B'], a
     dtypes = (query.dtype, items.dtype, *(wide if v is None else v.dtype for v in (row_scale, bias)))
     results = [query.new_empty(0, dtype=dtype) for dtype in dtypes]

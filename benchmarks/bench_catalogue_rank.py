@@ -24,7 +24,7 @@ from torch import Tensor
 
 import seqrec_fast as sf
 from seqrec_fast._files import write_json
-from seqrec_fast._measure import extra_peak_bytes, interleaved, medians
+from seqrec_fast._measure import extra_peak_bytes, interleaved, medians, on_threads
 from seqrec_fast.info import info
 
 Call = Callable[[], object]
@@ -117,19 +117,11 @@ CASES = (
 )
 
 
-def _on(threads: int, call: Call) -> Call:
-    def run() -> None:
-        torch.set_num_threads(threads)
-        call()
-
-    return run
-
-
 def _rates() -> tuple[float, float]:
     """Multiply-adds and bytes from memory per second, as torch itself reaches them here at its better thread count."""
     a, large = torch.randn(1536, 1536), torch.randn(1 << 26)
-    calls = {f"multiply/{n}": _on(n, lambda: a @ a) for n in THREADS}
-    calls |= {f"read/{n}": _on(n, large.sum) for n in THREADS}
+    calls = {f"multiply/{n}": on_threads(n, lambda: a @ a) for n in THREADS}
+    calls |= {f"read/{n}": on_threads(n, large.sum) for n in THREADS}
     best = {key: min(times) for key, times in interleaved(calls, rounds=9).items()}
     multiply, read = (min(best[f"{name}/{n}"] for n in THREADS) for name in ("multiply", "read"))
     return 1536**3 / multiply, 4 * large.numel() / read
@@ -143,7 +135,7 @@ def measure(cases: list[Case], rounds: int) -> list[dict[str, Any]]:
         calls = case.calls()
         calls["ours"]()
         peak = extra_peak_bytes(calls["ours"])
-        functions = {f"{name}/{n}": _on(n, call) for name, call in calls.items() for n in THREADS}
+        functions = {f"{name}/{n}": on_threads(n, call) for name, call in calls.items() for n in THREADS}
         seconds = interleaved(functions, rounds=rounds)
         middle = {key: 1e3 * value for key, value in medians(seconds).items()}
         least = {key: 1e3 * min(value) for key, value in seconds.items()}

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import seqrec_fast as sf
 from seqrec_fast._files import write_json
-from seqrec_fast._measure import interleaved, medians
+from seqrec_fast._measure import interleaved, medians, on_threads
 from seqrec_fast.info import info
 
 Call = Callable[[], object]
@@ -84,19 +84,10 @@ def _forward_backward(
     torch.autograd.grad(cell(x, (h, c)), parameters, (grad, grad))
 
 
-def _on(threads: int, call: Call, repeat: int) -> Call:
-    def run() -> None:
-        torch.set_num_threads(threads)
-        for _ in range(repeat):
-            call()
-
-    return run
-
-
 def _rates(width: int, threads: int) -> tuple[float, float]:
     """Multiply-adds and bytes from L2 per second, as torch itself reaches them here."""
     a, weights = torch.randn(1024, 1024), torch.randn(4 * width * 2 * width)
-    multiply, read = _on(threads, lambda: a @ a, 1), _on(threads, weights.sum, 20)
+    multiply, read = on_threads(threads, lambda: a @ a, 1), on_threads(threads, weights.sum, 20)
     best = {key: min(times) for key, times in interleaved({"multiply": multiply, "read": read}, rounds=15).items()}
     return 1024**3 / best["multiply"], 20 * 4 * weights.numel() / best["read"]
 
@@ -107,7 +98,7 @@ def measure(cases: list[Case], rounds: int) -> list[dict[str, Any]]:
     rates = {(width, n): _rates(width, n) for width in {case.width for case in cases} for n in THREADS}
     for case in cases:
         repeat = max(2, int(300 / case.rows**0.7) // (4 if case.gradients else 1))
-        functions = {f"{name}/{n}": _on(n, call, repeat) for name, call in case.calls().items() for n in THREADS}
+        functions = {f"{name}/{n}": on_threads(n, call, repeat) for name, call in case.calls().items() for n in THREADS}
         seconds = interleaved(functions, rounds=rounds)
         middle = {key: 1e6 * value / repeat for key, value in medians(seconds).items()}
         least = {key: 1e6 * min(value) / repeat for key, value in seconds.items()}

@@ -28,6 +28,17 @@ def cpu_threads(number: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def on_threads(number: int, call: Callable[[], object], repeat: int = 1) -> Callable[[], None]:
+    """``call``, ``repeat`` times, on so many of torch's threads: one side of an interleaved comparison."""
+
+    def run() -> None:
+        torch.set_num_threads(number)
+        for _ in range(repeat):
+            call()
+
+    return run
+
+
 def synchronise(device: torch.device) -> None:
     """Wait for a device that works ahead of the program; the CPU does not."""
     if device.type == "cuda":

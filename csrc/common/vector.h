@@ -223,4 +223,35 @@ SEQREC_INLINE double reduce_add(F64 v) {
 #endif
 }
 
+#if defined(__AVX512F__)
+// rows[i] lane j -> rows[j] lane i.
+SEQREC_INLINE void transpose(F32 (&rows)[16]) {
+  __m512 pairs[16], quads[16];  // quads[4g + j]: column 4b + j of rows 4g … 4g + 3 in its quarter b
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    pairs[i] = _mm512_unpacklo_ps((__m512)rows[i], (__m512)rows[i + 1]);
+    pairs[i + 1] = _mm512_unpackhi_ps((__m512)rows[i], (__m512)rows[i + 1]);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 4)
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      const __m512d a = _mm512_castps_pd(pairs[i + j]), b = _mm512_castps_pd(pairs[i + j + 2]);
+      quads[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+      quads[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+    }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    const __m512 even_low = _mm512_shuffle_f32x4(quads[j], quads[4 + j], 0x88);
+    const __m512 odd_low = _mm512_shuffle_f32x4(quads[j], quads[4 + j], 0xdd);
+    const __m512 even_high = _mm512_shuffle_f32x4(quads[8 + j], quads[12 + j], 0x88);
+    const __m512 odd_high = _mm512_shuffle_f32x4(quads[8 + j], quads[12 + j], 0xdd);
+    rows[j] = (F32)_mm512_shuffle_f32x4(even_low, even_high, 0x88);
+    rows[4 + j] = (F32)_mm512_shuffle_f32x4(odd_low, odd_high, 0x88);
+    rows[8 + j] = (F32)_mm512_shuffle_f32x4(even_low, even_high, 0xdd);
+    rows[12 + j] = (F32)_mm512_shuffle_f32x4(odd_low, odd_high, 0xdd);
+  }
+}
+#endif
+
 }  // namespace seqrec_fast::SEQREC_TIER

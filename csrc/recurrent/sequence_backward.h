@@ -1,5 +1,5 @@
 // The gradient of a recurrent layer: a tile of rows goes back through its steps; the gradients of the sums of some
-// kChunkTokens tokens are kept and then enter dx and the weights' gradients as a few products over tokens.
+// hundred tokens are kept and then enter dx and the weights' gradients as a few products over tokens.
 //
 // Within a step: pointwise from the gradients of h and c to those of the four sums, then dh = dsums·W_hh. The gates
 // come from the forward, or are made again from the states that it saved.
@@ -25,7 +25,9 @@ class BackwardScratch : public Layout {
   Token* token;
 
   BackwardScratch(const SequenceShape& s, int64_t count, void* memory)
-      : Layout(memory), capacity(count > kChunkTokens ? count : kChunkTokens), sums_stride(gradient_stride(s.hidden)) {
+      : Layout(memory),
+        capacity(chunk_tokens(s) > count ? chunk_tokens(s) : count),
+        sums_stride(gradient_stride(s.hidden)) {
     dh = take<S>(count * s.hidden);
     dc = take<S>(count * s.hidden);
     gates = take<S>(count * kSumCount * s.hidden);
@@ -87,9 +89,9 @@ struct SequenceGradient {
     const int64_t hidden = shape.hidden;
     for (int64_t p = 0; p < count; ++p) {
       const int64_t at = kept + p;
-      scratch.rows[p] = {scratch.x + at * shape.input,
+      scratch.rows[p] = {shape.projected ? nullptr : scratch.x + at * shape.input,
                          shape.projected ? input_vector<T>(in, token_index(shape, step, tile.row[p])) : nullptr,
-                         scratch.h + at * hidden};
+                         nullptr, scratch.h + at * hidden};
     }
     all_sums<T, Cell>(scratch.rows, count, PackedWeights<T>(shape), call.packed,
                       [&](int64_t p, int64_t unit, const Vector<T>(&sums)[kSumCount]) __attribute__((always_inline)) {

@@ -36,7 +36,17 @@ struct PackedWeights {
 template <class T, class S>
 SEQREC_INLINE void pack_gate(const T* from, int64_t depth, int units, S* out, int64_t stride) {
   constexpr int kWidth = Compute<T>::kWidth;
-  for (int64_t k = 0; k < depth; ++k, out += stride)
+  int64_t k = 0;
+#if defined(__AVX512F__)
+  if constexpr (sizeof(S) == 4)
+    for (; units == kWidth && k + kWidth <= depth; k += kWidth, out += kWidth * stride) {
+      F32 rows[kWidth];
+      for (int j = 0; j < kWidth; ++j) rows[j] = load(from + j * depth + k);
+      transpose(rows);
+      for (int j = 0; j < kWidth; ++j) store(out + j * stride, rows[j]);
+    }
+#endif
+  for (; k < depth; ++k, out += stride)
     for (int j = 0; j < kWidth; ++j) out[j] = j < units ? value(from[j * depth + k]) : 0;
 }
 
@@ -65,12 +75,13 @@ void pack_sequence(const SequenceInputs& in, void* packed, int64_t begin, int64_
   }
 }
 
-// What the sums of one row are made from at a step.
+// What the sums of one row are made from at a step. Each may be null but for one of the first three.
 template <class T>
 struct CellRow {
   using S = typename Compute<T>::Scalar;
   const S* x;          // [I]
-  const T* projected;  // [gates·H] in place of x, or null
+  const T* projected;  // [gates·H]: what W_ih makes of x, by the caller
+  const S* ahead;      // the same, by project_ahead
   const S* h;          // [H]
 };
 
@@ -129,13 +140,16 @@ SEQREC_INLINE void cell_sums(Vector<T> (&sums)[kRows][kBlocks][kSumCount], const
     h[r] = rows[r].h;
 #pragma GCC unroll 4
     for (int b = 0; b < kBlocks; ++b) {
+      const S* const ahead = rows[r].ahead ? rows[r].ahead + (unit + b * kWidth) * kSumCount : nullptr;
 #pragma GCC unroll 4
-      for (int s = 0; s < kSumCount; ++s) sums[r][b][s] = Vector<T>{};
+      for (int s = 0; s < kSumCount; ++s) sums[r][b][s] = ahead ? load(ahead + s * kWidth) : Vector<T>{};
       if (rows[r].projected) add_projected<T, Cell>(sums[r][b], rows[r].projected, layout.hidden, unit + b * kWidth);
     }
   }
-  add_products<Cell, kRows, kBlocks>(sums, x, block + kSumCount * kWidth, layout.stride(), layout.input,
-                                     Cell::kInputSum);
+  if (x[0])
+    add_products<Cell, kRows, kBlocks>(sums, x, block + kSumCount * kWidth, layout.stride(), layout.input,
+                                       Cell::kInputSum);
+  if (h[0] == nullptr) return;
   add_products<Cell, kRows, kBlocks>(sums, h, block + layout.hidden_part(), layout.stride(), layout.hidden,
                                      Cell::kHiddenSum);
 #pragma GCC unroll 4
@@ -234,6 +248,22 @@ SEQREC_INLINE const T* input_vector(const SequenceInputs& in, int64_t token) {
   return (const T*)in.x + (in.ids ? in.ids[token] : token) * in.shape.input;
 }
 
+template <class S>
+SEQREC_INLINE void copy_rows(const S* from, S* to, int64_t first, int64_t last, int64_t width) {
+  for (int64_t i = first * width; i < last * width; ++i) to[i] = from[i];
+}
+
+// W_ih·x of several steps at once, before they are taken. Worth it where the weights of a step are read for few rows
+// (one row then reads half as much a step), or where both weights together outgrow L2. The sums do not change by a bit.
+constexpr int64_t kAheadRows = 16, kAheadBytes = 1 << 20, kAheadTokens = 64;
+
+template <class T>
+SEQREC_INLINE bool projects_ahead(const SequenceShape& s, int64_t count) {
+  const PackedWeights<T> layout(s);
+  return !s.projected && s.steps > 1 &&
+         (count <= kAheadRows || layout.blocks() * layout.stride() * (int64_t)sizeof(T) > kAheadBytes);
+}
+
 // One tile's states: padded to whole registers, whose further lanes stay 0. A step reads one h and writes the other,
 // since every unit needs all of the former h.
 template <class T>
@@ -241,96 +271,149 @@ class ForwardScratch : public Layout {
  public:
   using S = typename Compute<T>::Scalar;
   int64_t width;
-  S *h[2], *c, *x;  // [count, width], [count, width], [count, I] where x must be widened
-  CellRow<T>* rows;
+  int64_t capacity;  // tokens that are gathered, and projected, at a time
+  bool ahead;
+  S *h[2], *c;       // [count, width]
+  S *x, *projected;  // [capacity, I] where x must be widened; [capacity, 4·width] where it is projected ahead
+  CellRow<T>* rows;  // [capacity]
 
   ForwardScratch(const SequenceShape& s, int64_t count, void* memory)
       : Layout(memory), width(PackedWeights<T>(s).blocks() * Compute<T>::kWidth) {
+    ahead = projects_ahead<T>(s, count);
+    capacity = ahead && count < kAheadTokens ? kAheadTokens : count;
     h[0] = take<S>(count * width);
     h[1] = take<S>(count * width);
     c = take<S>(count * width);
-    x = take<S>(kIsHalf<T> && !s.projected ? count * s.input : 0);
-    rows = take<CellRow<T>>(count);
+    x = take<S>(kIsHalf<T> && !s.projected ? capacity * s.input : 0);
+    projected = take<S>(ahead ? capacity * kSumCount * width : 0);
+    rows = take<CellRow<T>>(capacity);
   }
 };
 
 template <class T, class Cell>
-SEQREC_INLINE void forward_step(const SequenceForward& call, const RowTile& tile, ForwardScratch<T>& scratch, int now,
-                                int64_t count, int64_t step) {
+struct SequenceWalk {
   using S = typename Compute<T>::Scalar;
-  constexpr int kWidth = Compute<T>::kWidth;
-  const SequenceShape& shape = call.in.shape;
-  const int64_t hidden = shape.hidden, width = scratch.width;
-  for (int64_t p = 0; p < count; ++p) {
-    S* h = scratch.h[now] + p * width;
-    if (segment_begins(call.in, tile, p, step)) {
-      for (int64_t i = 0; i < width; ++i) h[i] = 0, scratch.c[p * width + i] = 0;
-    }
-    const T* x = input_vector<T>(call.in, token_index(shape, step, tile.row[p]));
-    CellRow<T>& row = scratch.rows[p];
-    row = {nullptr, shape.projected ? x : nullptr, h};
-    if (shape.projected) continue;
-    if constexpr (kIsHalf<T>) {
-      row.x = scratch.x + p * shape.input;
-      widen(x, shape.input, scratch.x + p * shape.input);
-    } else {
-      row.x = x;
+  static constexpr int kWidth = Compute<T>::kWidth;
+  const SequenceForward& call;
+  const SequenceShape& shape;
+  const RowTile& tile;
+  const PackedWeights<T> layout;
+  ForwardScratch<T> scratch;
+  int now = 0;  // which h is read
+
+  SequenceWalk(const SequenceForward& call, const RowTile& tile, void* memory)
+      : call(call), shape(call.in.shape), tile(tile), layout(shape), scratch(shape, tile.count, memory) {}
+
+  int64_t step_at(int64_t i) const { return shape.reverse ? shape.steps - 1 - i : i; }
+
+  // The input of `count` rows at a step, as rows first … of the scratch.
+  void gather(int64_t first, int64_t count, int64_t step) {
+    for (int64_t p = 0; p < count; ++p) {
+      const T* x = input_vector<T>(call.in, token_index(shape, step, tile.row[p]));
+      CellRow<T>& row = scratch.rows[first + p];
+      row = {nullptr, shape.projected ? x : nullptr, nullptr, nullptr};
+      if (shape.projected) continue;
+      if constexpr (kIsHalf<T>) {
+        S* const wide = scratch.x + (first + p) * shape.input;
+        widen(x, shape.input, wide);
+        row.x = wide;
+      } else {
+        row.x = x;
+      }
     }
   }
-  const PackedWeights<T> layout(shape);
-  S* const h_next = scratch.h[1 - now];
-  all_sums<T, Cell>(scratch.rows, count, layout, call.packed,
-                    [&](int64_t p, int64_t unit, const Vector<T>(&sums)[kSumCount]) __attribute__((always_inline)) {
-                      S* const c = scratch.c + p * width + unit;
-                      const auto next = Cell::step(sums, load(scratch.h[now] + p * width + unit), load(c));
-                      store(h_next + p * width + unit, rounded<T>(next.h));
-                      if constexpr (Cell::kHasCellState) store(c, next.c);
-                      const int units = hidden - unit < kWidth ? (int)(hidden - unit) : kWidth;
-                      const int64_t row = tile.row[p];
-                      if (call.output)
-                        store_first((T*)call.output + token_index(shape, step, row) * hidden + unit, units, next.h);
-                      if (Cell::kHasCellState && call.cells)
-                        store_first((S*)call.cells + saved_index(shape, step, row) * hidden + unit, units, next.c);
-                      if (call.gates == nullptr) return;
-                      T* gates = (T*)call.gates + saved_index(shape, step, row) * kSumCount * hidden + unit;
-                      for (int s = 0; s < kSumCount; ++s) store_first(gates + s * hidden, units, next.saved[s]);
-                    });
-}
 
-template <class S>
-SEQREC_INLINE void copy_rows(const S* from, S* to, int64_t first, int64_t last, int64_t width) {
-  for (int64_t i = first * width; i < last * width; ++i) to[i] = from[i];
-}
+  void project_ahead(int64_t tokens) {
+    all_sums<T, Cell>(scratch.rows, tokens, layout, call.packed,
+                      [&](int64_t p, int64_t unit, const Vector<T>(&sums)[kSumCount]) __attribute__((always_inline)) {
+                        S* const to = scratch.projected + (p * scratch.width + unit) * kSumCount;
+                        for (int s = 0; s < kSumCount; ++s) store(to + s * kWidth, sums[s]);
+                      });
+    for (int64_t p = 0; p < tokens; ++p)
+      scratch.rows[p] = {nullptr, nullptr, scratch.projected + p * scratch.width * kSumCount, nullptr};
+  }
+
+  // One step of `count` rows, whose inputs are rows first … of the scratch.
+  void take_step(int64_t first, int64_t count, int64_t step) {
+    const int64_t width = scratch.width;
+    CellRow<T>* const rows = scratch.rows + first;
+    for (int64_t p = 0; p < count; ++p) {
+      S* h = scratch.h[now] + p * width;
+      rows[p].h = h;
+      if (segment_begins(call.in, tile, p, step))
+        for (int64_t i = 0; i < width; ++i) h[i] = 0, scratch.c[p * width + i] = 0;
+    }
+    S* const h_next = scratch.h[1 - now];
+    all_sums<T, Cell>(rows, count, layout, call.packed,
+                      [&](int64_t p, int64_t unit, const Vector<T>(&sums)[kSumCount]) __attribute__((always_inline)) {
+                        S* const c = scratch.c + p * width + unit;
+                        const auto next = Cell::step(sums, load(scratch.h[now] + p * width + unit), load(c));
+                        store(h_next + p * width + unit, rounded<T>(next.h));
+                        if constexpr (Cell::kHasCellState) store(c, next.c);
+                        keep(step, tile.row[p], unit, next);
+                      });
+    now = 1 - now;
+  }
+
+  __attribute__((always_inline)) void keep(int64_t step, int64_t row, int64_t unit,
+                                           const CellStates<Vector<T>>& next) const {
+    const int64_t hidden = shape.hidden;
+    const int units = hidden - unit < kWidth ? (int)(hidden - unit) : kWidth;
+    if (call.output) store_first((T*)call.output + token_index(shape, step, row) * hidden + unit, units, next.h);
+    if (Cell::kHasCellState && call.cells)
+      store_first((S*)call.cells + saved_index(shape, step, row) * hidden + unit, units, next.c);
+    if (call.gates == nullptr) return;
+    T* gates = (T*)call.gates + saved_index(shape, step, row) * kSumCount * hidden + unit;
+    for (int s = 0; s < kSumCount; ++s) store_first(gates + s * hidden, units, next.saved[s]);
+  }
+
+  // Rows that do not run have their state in h[0]: rows former … count begin here, or count … former end here.
+  void change_rows(int64_t former, int64_t count) {
+    if (now == 0) return;
+    copy_rows(scratch.h[1], scratch.h[0], count, former, scratch.width);
+    copy_rows(scratch.h[0], scratch.h[1], former, count, scratch.width);
+  }
+
+  void run() {
+    const int64_t hidden = shape.hidden, width = scratch.width;
+    for (int64_t i = 0; i < tile.count * width; ++i) scratch.h[0][i] = scratch.h[1][i] = scratch.c[i] = 0;
+    for (int64_t p = 0; p < tile.count; ++p) {
+      widen((const T*)call.in.h + tile.row[p] * hidden, hidden, scratch.h[0] + p * width);
+      if (Cell::kHasCellState) widen((const T*)call.in.c + tile.row[p] * hidden, hidden, scratch.c + p * width);
+    }
+    int64_t count = 0, gathered = 0;  // rows that run; rows that ran at the last gathered step
+    for (int64_t begin = 0, end = 0; begin < shape.steps; begin = end) {
+      int64_t tokens = 0;
+      for (; end < shape.steps; ++end) {
+        const int64_t here = running(tile, step_at(end), gathered);
+        if (end > begin && tokens + here > scratch.capacity) break;
+        gather(tokens, here, step_at(end));
+        tokens += here;
+        gathered = here;
+        if (!scratch.ahead) {
+          ++end;
+          break;
+        }
+      }
+      if (scratch.ahead) project_ahead(tokens);
+      for (int64_t i = begin, first = 0; i < end; first += count, ++i) {
+        const int64_t former = count;
+        count = running(tile, step_at(i), former);
+        change_rows(former, count);
+        take_step(first, count, step_at(i));
+      }
+    }
+    change_rows(count, 0);
+    for (int64_t p = 0; p < tile.count; ++p) {
+      narrow(scratch.h[0] + p * width, hidden, (T*)call.h_n + tile.row[p] * hidden);
+      if (Cell::kHasCellState) narrow(scratch.c + p * width, hidden, (T*)call.c_n + tile.row[p] * hidden);
+    }
+  }
+};
 
 template <class T, class Cell>
 void sequence_forward(const SequenceForward& call, const RowTile& tile, void* memory) {
-  const SequenceShape& shape = call.in.shape;
-  const int64_t hidden = shape.hidden;
-  ForwardScratch<T> scratch(shape, tile.count, memory);
-  const int64_t width = scratch.width;
-  for (int64_t i = 0; i < tile.count * width; ++i) scratch.h[0][i] = scratch.h[1][i] = scratch.c[i] = 0;
-  for (int64_t p = 0; p < tile.count; ++p) {
-    widen((const T*)call.in.h + tile.row[p] * hidden, hidden, scratch.h[0] + p * width);
-    if (Cell::kHasCellState) widen((const T*)call.in.c + tile.row[p] * hidden, hidden, scratch.c + p * width);
-  }
-  // Rows that do not run have their state in h[0].
-  int now = 0;
-  int64_t count = 0;
-  for (int64_t i = 0; i < shape.steps; ++i) {
-    const int64_t step = shape.reverse ? shape.steps - 1 - i : i, former = count;
-    count = running(tile, step, former);
-    if (now == 1) {
-      copy_rows(scratch.h[1], scratch.h[0], count, former, width);  // they end here
-      copy_rows(scratch.h[0], scratch.h[1], former, count, width);  // they begin here
-    }
-    forward_step<T, Cell>(call, tile, scratch, now, count, step);
-    now = 1 - now;
-  }
-  if (now == 1) copy_rows(scratch.h[1], scratch.h[0], 0, count, width);
-  for (int64_t p = 0; p < tile.count; ++p) {
-    narrow(scratch.h[0] + p * width, hidden, (T*)call.h_n + tile.row[p] * hidden);
-    if (Cell::kHasCellState) narrow(scratch.c + p * width, hidden, (T*)call.c_n + tile.row[p] * hidden);
-  }
+  SequenceWalk<T, Cell>(call, tile, memory).run();
 }
 
 }  // namespace seqrec_fast::SEQREC_TIER

@@ -7,6 +7,7 @@
 #include <initializer_list>
 
 #include "recurrent/kernels.h"
+#include "recurrent/sequence.h"
 
 using namespace seqrec_fast;
 
@@ -42,6 +43,38 @@ static void step(const RecurrentKernels& kernels, const StepSizes& s, bool with_
   kernels.lstm_step_products(backward, 0, kProductParts);
 }
 
+// Forward and backward of a tile of `count` rows of falling length, with resets and in both directions.
+static void sequence(const SequenceKernels& kernels, const SequenceShape& s, bool save_gates) {
+  const size_t w = width(s.scalar), wide = w < 4 ? 4 : w;
+  const int64_t tokens = s.steps * s.rows, gates = gate_rows(s), input = s.projected ? gates : s.input;
+  const Array x(tokens * input, w), h(s.rows * s.hidden, w), c(s.rows * s.hidden, w), w_ih(gates * input, w),
+      w_hh(gates * s.hidden, w), b(gates, w), output(tokens * s.hidden, w), h_n(s.rows * s.hidden, w),
+      c_n(s.rows * s.hidden, w), cells(tokens * s.hidden, wide), saved(tokens * 4 * s.hidden, w);
+  const Array reset(tokens, 1), row(s.rows, 8), length(s.rows, 8);
+  for (int64_t i = 0; i < tokens; ++i) reset.data[i] = i % 3 == 0;
+  for (int64_t i = 0; i < s.rows; ++i) {
+    ((int64_t*)row.data)[i] = s.rows - 1 - i;
+    ((int64_t*)length.data)[i] = s.steps - s.steps * i / s.rows;
+  }
+  const RowTile tile{(int64_t*)row.data, (int64_t*)length.data, s.rows};
+  SequenceShape shape = s;
+  shape.input = input;
+  const SequenceInputs in{
+      shape, x, nullptr, h, c, s.projected ? nullptr : (void*)w_ih, w_hh, b, b, (const bool*)reset.data};
+  const Array packed(kernels.packed_bytes(shape), 1), forward(kernels.forward_scratch(shape, s.rows), 1),
+      backward(kernels.backward_scratch(shape, s.rows), 1);
+  kernels.pack(in, packed, 0, kernels.pack_blocks(shape));
+  kernels.forward({in, packed, output, h_n, c_n, cells, save_gates ? (void*)saved : nullptr}, tile, forward);
+
+  const Array dx(tokens * input, w), dh(s.rows * s.hidden, w), dc(s.rows * s.hidden, w), dw_ih(gates * input, wide),
+      dw_hh(gates * s.hidden, wide), db(4 * s.hidden, wide), total(gates * s.hidden, w);
+  kernels.backward(
+      {in, packed, output, cells, save_gates ? (void*)saved : nullptr, output, h_n, c_n, dx, false, dh, dc}, tile,
+      {s.projected ? nullptr : (void*)dw_ih, dw_hh, db}, backward);
+  const void* const parts[] = {dw_hh, dw_hh};
+  kernels.add_parts(s.scalar, parts, 2, total, 0, gates * s.hidden);
+}
+
 int main(int arguments, char**) {
   const int64_t shapes[][4] = {{1, 1, 1, 1},     {2, 3, 5, 7},    {3, 0, 4, 4},     {5, 17, 16, 15}, {7, 64, 65, 3},
                                {13, 33, 31, 18}, {50, 8, 19, 33}, {259, 5, 6, 130}, {6, 70, 4, 16},  {1, 130, 129, 20}};
@@ -52,5 +85,15 @@ int main(int arguments, char**) {
         step(SEQREC_TIER::recurrent_kernels, {rows, input, projected, hidden, scalar}, with_bias, arguments - 1);
         ++calls;
       }
+  const int64_t sequences[][4] = {{1, 1, 1, 1},  {3, 1, 5, 70}, {2, 7, 17, 16},
+                                  {4, 9, 3, 33}, {50, 3, 4, 6}, {2, 13, 129, 18}};
+  for (const auto& [steps, rows, input, hidden] : sequences)
+    for (const Scalar scalar : {Scalar::kFloat, Scalar::kDouble, Scalar::kBFloat16, Scalar::kHalf})
+      for (const CellKind kind : {CellKind::kLstm, CellKind::kGru})
+        for (const bool flag : {false, true}) {
+          sequence(SEQREC_TIER::sequence_kernels,
+                   {kind, scalar, steps, rows, input, hidden, flag, !flag, flag && rows > 5}, flag);
+          ++calls;
+        }
   printf("%d\n", calls);
 }

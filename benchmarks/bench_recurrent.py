@@ -67,9 +67,10 @@ class Case:
         ours = ours_class.from_torch(theirs)  # type: ignore[attr-defined]
         parameters = tuple(theirs.parameters())
         x = torch.randn(self.steps, self.rows, self.width, dtype=self.dtype)
-        run: Callable[[Callable[[], Tensor]], Call] = (
-            partial(_train, parameters) if self.train else partial(partial, _infer)
-        )
+
+        def run(output: Callable[[], Tensor]) -> Call:
+            return _training(parameters, output) if self.train else partial(_infer, output)
+
         if not self.ragged:
             return {"ours": run(lambda: ours(x)[0]), "torch": run(lambda: theirs(x)[0])}
         lengths = self.lengths()
@@ -85,7 +86,7 @@ def _infer(output: Callable[[], Tensor]) -> None:
         output()
 
 
-def _train(parameters: tuple[Tensor, ...], output: Callable[[], Tensor]) -> Call:
+def _training(parameters: tuple[Tensor, ...], output: Callable[[], Tensor]) -> Call:
     seed = torch.randn_like(output())
 
     def run() -> None:

@@ -51,25 +51,12 @@ SEQREC_INLINE F32 exp(F32 x) {
   return scale_by_power_of_two(leading + fma(e.r_squared, e.q, lost), e.n, e.n_bits);
 }
 
-// a/b within a unit in the last place, for b in [1, 2^100] and |a| <= b. Where there is an estimate of 1/b, one step of
-// Newton's method for it and one for the quotient take a third of the time of the division, of which a cell has five.
-SEQREC_INLINE F32 quotient(F32 a, F32 b) {
-#if defined(__AVX512F__)
-  const F32 estimate = (F32)_mm512_rcp14_ps((__m512)b);
-  const F32 inverse = fma(fma(-b, estimate, broadcast(1.0f)), estimate, estimate);
-  const F32 first = a * inverse;
-  return fma(fma(-first, b, a), inverse, first);
-#else
-  return a / b;
-#endif
-}
-
 // From q = σ(-|x|), so that nothing overflows and large negative x keeps its relative accuracy; 1 - q rounds once, so
 // that 1 - σ(x), which the gradient reads, is as good as fp32 can hold it.
 SEQREC_INLINE F32 sigmoid(F32 x) {
   const F32 e = exp((F32)((I32)x | (int32_t)0x80000000));
   const F32 denominator = e + 1.0f;
-  F32 q = quotient(e, denominator);
+  F32 q = e / denominator;
   const F32 lost = e - (denominator - 1.0f);  // give back what the denominator lost: q·lost/denominator, where
   q = fma(q * lost, q - 1.0f, q);             // 1/denominator = 1 - q
   return select(x < 0.0f, q, 1.0f - q);
@@ -82,7 +69,7 @@ SEQREC_INLINE F32 tanh(F32 x) {
   const F32 power = (F32)((e.n_bits + 127) << 23);
   const F32 expm1 = fma(power, fma(e.r_squared, e.q, e.r), power - 1.0f);
   const F32 denominator = expm1 + 2.0f;
-  const F32 y = quotient(expm1, denominator);
+  const F32 y = expm1 / denominator;
   // As in sigmoid; here 1/denominator = (1 - y)/2, and the larger term must be the one taken away first.
   const F32 two = broadcast(2.0f);
   const F32 lost = min(expm1, two) - (denominator - max(expm1, two));

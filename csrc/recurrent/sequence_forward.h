@@ -261,7 +261,8 @@ template <class T>
 SEQREC_INLINE bool projects_ahead(const SequenceShape& s, int64_t count) {
   const PackedWeights<T> layout(s);
   return !s.projected && s.steps > 1 &&
-         (count <= kAheadRows || layout.blocks() * layout.stride() * (int64_t)sizeof(T) > kAheadBytes);
+         (count <= kAheadRows ||
+          layout.blocks() * layout.stride() * (int64_t)sizeof(typename PackedWeights<T>::S) > kAheadBytes);
 }
 
 // One tile's states: padded to whole registers, whose further lanes stay 0. A step reads one h and writes the other,

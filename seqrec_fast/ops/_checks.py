@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._logits import check_strided
+from .._logits import check_storage, check_strided
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -30,12 +30,14 @@ def check_floating(operator: str, **tensors: Tensor) -> None:
     Raises:
         TypeError: something else than a dense tensor, an integer tensor, or two different dtypes.
         ValueError: two different devices.
+        RuntimeError: a tensor's storage was freed.
     """
     first: tuple[str, Tensor] | None = None
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{operator}: {name} must be a tensor, got {type(tensor).__name__}")
         check_strided(operator, name, tensor)
+        check_storage(operator, name, tensor)
         if first is None:
             if tensor.dtype not in FLOATS:
                 raise TypeError(f"{operator}: {name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")

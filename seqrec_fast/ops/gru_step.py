@@ -181,7 +181,8 @@ class GRUStepFunction(torch.autograd.Function):
         mask = ctx.needs_input_grad[:6]
         if torch.is_grad_enabled() or not ctx.saved_gates or transforms_active():
             # Somebody differentiates this backward: evaluate the formula on tensors that are connected to the graph.
-            results = _formula_gradients(grad_h, x, h, w_ih, w_hh, b_ih, b_hh, mask, ctx.precision)
+            inputs = (x, h, w_ih, w_hh, b_ih, b_hh)
+            results = _formula_gradients(grad_h, *inputs, mask=mask, precision=ctx.precision)
         else:
             results = GRU_STEP_BACKWARD.below_autograd(
                 grad_h, x, h, w_ih, w_hh, gates, mask, ctx.precision, forced=ctx.forced
@@ -191,15 +192,8 @@ class GRUStepFunction(torch.autograd.Function):
 
 @without_autocast
 def _formula_gradients(
-    grad_h: Tensor,
-    x: Tensor,
-    h: Tensor,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None,
-    b_hh: Tensor | None,
-    mask: reference.Mask,
-    precision: int,
+    grad_h: Tensor, x: Tensor, h: Tensor, *weights: Any, mask: reference.Mask, precision: int
 ) -> tuple[Tensor, ...]:
-    gates = reference.gates(x, h, w_ih, w_hh, b_ih, b_hh)
+    w_ih, w_hh, *_ = weights
+    gates = reference.gates(x, h, *weights)
     return reference.backward(grad_h, x, h, w_ih, w_hh, gates, mask, precision)

@@ -110,6 +110,7 @@ def _runs_in_the_kernel(x: Tensor) -> bool:
 def _wants_gradient(
     x: Tensor, h: Tensor, c: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None
 ) -> bool:
+    """``_operator.wants_gradient`` without its loop, for the path that is counted in microseconds."""
     return torch.is_grad_enabled() and (
         w_ih.requires_grad
         or w_hh.requires_grad
@@ -280,7 +281,8 @@ class LSTMStepFunction(torch.autograd.Function):
         mask = (*needs[:5], needs[5] or needs[6])
         if torch.is_grad_enabled() or not ctx.saved_gates or transforms_active():
             # Somebody differentiates this backward: evaluate the formula on tensors that are connected to the graph.
-            results = _formula_gradients(grad_h, grad_c, x, h, c, w_ih, w_hh, b_ih, b_hh, mask, ctx.precision)
+            grads, inputs = (grad_h, grad_c), (x, h, c, w_ih, w_hh, b_ih, b_hh)
+            results = _formula_gradients(grads, *inputs, mask=mask, precision=ctx.precision)
         else:
             results = LSTM_STEP_BACKWARD.below_autograd(
                 grad_h, grad_c, x, h, c, c_next, w_ih, w_hh, gates, mask, ctx.precision, forced=ctx.forced
@@ -312,21 +314,12 @@ class NativeLSTMStepFunction(torch.autograd.Function):
 
 @without_autocast
 def _formula_gradients(
-    grad_h: Tensor,
-    grad_c: Tensor,
-    x: Tensor,
-    h: Tensor,
-    c: Tensor,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None,
-    b_hh: Tensor | None,
-    mask: reference.Mask,
-    precision: int,
+    grads: State, x: Tensor, h: Tensor, c: Tensor, *weights: Any, mask: reference.Mask, precision: int
 ) -> tuple[Tensor, ...]:
-    gates = reference.gates(x, h, w_ih, w_hh, b_ih, b_hh)
+    w_ih, w_hh, *_ = weights
+    gates = reference.gates(x, h, *weights)
     _, c_next = reference.cell(gates, c)
-    return reference.backward(grad_h, grad_c, x, h, c, c_next, w_ih, w_hh, gates, mask, precision)
+    return reference.backward(*grads, x, h, c, c_next, w_ih, w_hh, gates, mask, precision)
 
 
 def _by_argument(results: tuple[Tensor, ...], needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:

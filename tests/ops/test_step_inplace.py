@@ -108,11 +108,7 @@ def test_under_transforms_that_do_not_concern_it() -> None:
     torch.testing.assert_close((found[0][0], found[1][0]), expected)
 
 
-@pytest.mark.parametrize(
-    ("state", "shown"), [(None, "NoneType"), ((X,), "tuple of 1"), (normal(2, B, H), "Tensor"), ("hc", "str")]
-)
+@pytest.mark.parametrize(("state", "shown"), [(None, "NoneType"), ((X,), "tuple of 1"), (normal(2, B, H), "Tensor")])
 def test_what_is_no_pair_of_states(state: object, shown: str) -> None:
-    with pytest.raises(
-        (TypeError, ValueError), match=f"pair .h, c., got {shown}" if shown != "str" else "h must be a tensor"
-    ):
+    with pytest.raises(TypeError, match=f"state must be a pair .h, c., got {shown}$"):
         sf.lstm_step(X, state, *W)  # type: ignore[arg-type]

@@ -53,7 +53,8 @@ class Case:
     @property
     def multiply_adds(self) -> int:
         gates = PEERS[self.operator][2] * self.width
-        return (3 if self.train else 1) * self.rows * self.steps * gates * 2 * self.width
+        tokens = int(self.lengths().sum()) if self.ragged else self.rows * self.steps
+        return (3 if self.train else 1) * tokens * gates * 2 * self.width
 
     def lengths(self) -> Tensor:
         generator = torch.Generator().manual_seed(1)

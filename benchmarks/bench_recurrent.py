@@ -107,8 +107,10 @@ def measure(cases: list[Case], rounds: int) -> list[dict[str, Any]]:
     rate = _multiply_rate()
     rows = []
     for case in track(cases, "measuring", transient=True):
-        repeat = max(1, int(0.02 * rate / case.multiply_adds))
         calls = case.calls()
+        # Long enough for the clock: 10 ms of ours a round.
+        warm = interleaved({"ours": calls["ours"]}, rounds=3)["ours"]
+        repeat = max(1, round(0.01 / min(warm)))
         functions = {f"{name}/{n}": on_threads(n, call, repeat) for name, call in calls.items() for n in THREADS}
         ms = {key: 1e3 * value / repeat for key, value in medians(interleaved(functions, rounds=rounds)).items()}
         best = {name: min(ms[f"{name}/{n}"] for n in THREADS) for name in calls}

@@ -76,6 +76,23 @@ SEQREC_INLINE F32 tanh(F32 x) {
   return copy_sign(fma(y * lost, (y - 1.0f) * 0.5f, y), x);
 }
 
+// ---- for quotients that share a division ----------------------------------------------------------------------------
+// A division takes as long as 30 multiply-adds, so a product of several of these functions is formed as one quotient:
+// sigmoid(x) = 1/one_plus_exp(-x) and tanh(x) = -m/(m + 2) with m = expm1_of(-2x). Relative accuracy as above.
+
+// 1 + e^x, bounded by 1 + e^limit.
+SEQREC_INLINE F32 one_plus_exp(F32 x, float limit) {
+  const Reduced e = reduce_for_exp(max(broadcast(-104.0f), min(broadcast(limit), x)));
+  return scale_by_power_of_two(fma(e.r_squared, e.q, e.r) + 1.0f, e.n, e.n_bits) + 1.0f;
+}
+
+// e^x - 1 without cancellation near zero, bounded by e^18: beyond that (m + 2)/m is 1 in fp32.
+SEQREC_INLINE F32 expm1_of(F32 x) {
+  const Reduced e = reduce_for_exp(max(broadcast(-40.0f), min(broadcast(18.0f), x)));
+  const F32 power = (F32)((e.n_bits + 127) << 23);
+  return fma(power, fma(e.r_squared, e.q, e.r), power - 1.0f);
+}
+
 SEQREC_INLINE F64 exp(F64 x) {
   for (int i = 0; i < kLanes64; ++i) x[i] = __builtin_exp(x[i]);
   return x;

@@ -35,9 +35,8 @@ struct LstmCell {
 
   template <class V>
   SEQREC_INLINE CellStates<V> step(const V (&sums)[kSumCount], V, V c) {
-    const auto a = lstm_activate(sums[0], sums[1], sums[2], sums[3]);
-    const V c_next = lstm_cell(a, c);
-    return {lstm_hidden(a, c_next), c_next, {a.i, a.f, a.g, a.o}};
+    const auto [h_next, c_next, gates] = lstm_states(sums[0], sums[1], sums[2], sums[3], c);
+    return {h_next, c_next, {gates.i, gates.f, gates.g, gates.o}};
   }
 
   template <class V>

@@ -92,10 +92,10 @@ SEQREC_INLINE void update_cell(const LstmStep& step, const S (&z)[4][PreActivati
     sums[gate] = load_lanes<kPartial>(&z[gate][z_unit], count) + bias;
   }
   const int64_t at = row * hidden + unit;
-  const auto activated = lstm_activate(sums[0], sums[1], sums[2], sums[3]);
-  const auto c_next = lstm_cell(activated, load_lanes<kPartial>((const T*)step.c + at, count));
+  const auto [h_next, c_next, activated] =
+      lstm_states(sums[0], sums[1], sums[2], sums[3], load_lanes<kPartial>((const T*)step.c + at, count));
   store_lanes<kPartial>((T*)step.c_next + at, count, c_next);
-  store_lanes<kPartial>((T*)step.h_next + at, count, lstm_hidden(activated, c_next));
+  store_lanes<kPartial>((T*)step.h_next + at, count, h_next);
   if (step.gates == nullptr) return;
   T* gates = (T*)step.gates + row * 4 * hidden + unit;
   store_lanes<kPartial>(gates, count, activated.i);

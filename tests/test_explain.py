@@ -12,12 +12,13 @@ from seqrec_fast import _dispatch, _native
 from seqrec_fast.info import info
 
 
-def test_explain_names_the_backend_and_the_reasons() -> None:
-    told = sf.explain("lstm_step", torch.randn(2, 3))
+@pytest.mark.parametrize("operator", ["lstm_step", "gru_step"])
+def test_explain_names_the_backend_and_the_reasons(operator: str) -> None:
+    told = sf.explain(operator, torch.randn(2, 3))
     assert told.backend == ("native" if _native.MISSING is None else "reference")
     assert told.reasons["reference"] is None
     assert told.reasons["triton"] is not None
-    assert "lstm_step on cpu, float32: runs on" in str(told)
+    assert f"{operator} on cpu, float32: runs on" in str(told)
     assert told.reasons["triton"] in str(told)
 
 

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.autograd.graph import increment_version
 
-from .. import _dispatch, _native
+from .. import _dispatch
 from .._dispatch import Spec
 from .._operator import Operator, transforms_active, without_autocast
 from .._precision import current_precision
 from ..backends.reference import lstm_step as reference
-from ._checks import check_floating, check_shape, check_writable, given
-from ._step import step_inplace
+from ._checks import check_floating, check_shape, given
+from ._step import REFUSALS, runs_in_the_kernel, spec, step_inplace, step_wants_gradient
 
 State = tuple[Tensor, Tensor]
 
@@ -64,16 +61,17 @@ def lstm_step(
     """
     h, c = state if type(state) is tuple and len(state) == 2 else _pair(state)
     if inplace:
-        return _step_inplace(x, h, c, w_ih, w_hh, b_ih, b_hh)
-    if _runs_in_the_kernel(x):
+        step_inplace(LSTM_STEP_INPLACE, _check_inplace, x, (h, c), w_ih, w_hh, b_ih, b_hh)
+        return h, c
+    if runs_in_the_kernel(x):
         try:
-            if _wants_gradient(x, h, c, w_ih, w_hh, b_ih, b_hh):
+            if step_wants_gradient(x, h, c, w_ih, w_hh, b_ih, b_hh):
                 step, save = LSTM_STEP.apply_native, True
             else:
                 step, save = LSTM_STEP.native, False
             h_next, c_next, _ = step(x, h, c, w_ih, w_hh, b_ih, b_hh, save, current_precision())
-        except (TypeError, ValueError, RuntimeError, AttributeError):
-            # The kernel refused before any work; this says which argument it was.
+        except REFUSALS:
+            # This says which argument it was.
             _check(x, h, c, w_ih, w_hh, b_ih, b_hh)
             raise
         return h_next, c_next
@@ -84,42 +82,9 @@ def lstm_step(
     if not torch.compiler.is_compiling() and transforms_active():
         # functorch and forward-mode AD differentiate the plain formula: it composes with every transform.
         return without_autocast(reference.plain_forward)(x, h, c, w_ih, w_hh, b_ih, b_hh)
-    save = _wants_gradient(x, h, c, w_ih, w_hh, b_ih, b_hh)
+    save = step_wants_gradient(x, h, c, w_ih, w_hh, b_ih, b_hh)
     h_next, c_next, _ = LSTM_STEP(x, h, c, w_ih, w_hh, b_ih, b_hh, save, current_precision())
     return h_next, c_next
-
-
-def _runs_in_the_kernel(x: Tensor) -> bool:
-    """Whether this call ends in the native CPU kernel, which checks its arguments: reading the shapes, dtypes and devices of seven
-    tensors in Python takes as long as the step itself. (A weight on another device takes the call to that device's kernel, which
-    refuses x.) One frame, not a call for each question: between two steps the weights push the interpreter out of the caches.
-    """
-    return (
-        type(x) is Tensor
-        and x.is_cpu
-        and x.dim() == 2
-        and _native.MISSING is None
-        and _dispatch._forced in ("auto", "native")
-        and not torch.compiler.is_compiling()
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
-    )
-
-
-def _wants_gradient(
-    x: Tensor, h: Tensor, c: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None
-) -> bool:
-    """``_operator.wants_gradient`` without its loop, for the path that is counted in microseconds."""
-    return torch.is_grad_enabled() and (
-        w_ih.requires_grad
-        or w_hh.requires_grad
-        or x.requires_grad
-        or h.requires_grad
-        or c.requires_grad
-        or (b_ih is not None and b_ih.requires_grad)
-        or (b_hh is not None and b_hh.requires_grad)
-    )
 
 
 def _pair(state: Any) -> State:
@@ -127,30 +92,6 @@ def _pair(state: Any) -> State:
         shown = f"{type(state).__name__} of {len(state)}" if isinstance(state, (tuple, list)) else type(state).__name__
         raise TypeError(f"lstm_step: state must be a pair (h, c), got {shown}")
     h, c = state
-    return h, c
-
-
-def _step_inplace(
-    x: Tensor, h: Tensor, c: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None
-) -> State:
-    native = _runs_in_the_kernel(x)
-    if not native:
-        _check(x, h, c, w_ih, w_hh, b_ih, b_hh)
-    try:
-        if h.shape[-1] != c.shape[-1]:
-            raise ValueError(f"lstm_step: inplace needs h and c of one width, got {h.shape[-1]} and {c.shape[-1]}")
-        if _wants_gradient(x, h, c, w_ih, w_hh, b_ih, b_hh):
-            raise ValueError("lstm_step: inplace=True has no gradient; use torch.no_grad() or inplace=False")
-        if native and (h.is_neg() or c.is_neg()):
-            check_writable("lstm_step", {"h": h, "c": c})
-        if native:  # it refuses states that overlap before it writes
-            LSTM_STEP_INPLACE.native(x, h, c, w_ih, w_hh, b_ih, b_hh, current_precision())
-            increment_version((h, c))
-        else:
-            step_inplace(LSTM_STEP_INPLACE, x, {"h": h, "c": c}, (w_ih, w_hh, b_ih, b_hh))
-    except (TypeError, ValueError, RuntimeError, AttributeError):
-        _check(x, h, c, w_ih, w_hh, b_ih, b_hh)
-        raise
     return h, c
 
 
@@ -175,28 +116,17 @@ def _check(
             check_shape("lstm_step", name, bias, (four,), "[4H]")
 
 
+def _check_inplace(x: Tensor, h: Tensor, c: Tensor, *weights: Any) -> None:
+    _check(x, h, c, *weights)
+    if h.shape[-1] != c.shape[-1]:
+        raise ValueError(f"lstm_step: inplace needs h and c of one width, got {h.shape[-1]} and {c.shape[-1]}")
+
+
 # Wiring
 
 
-@lru_cache(maxsize=64)
-def _spec(operator: str, device: str, dtype: torch.dtype) -> Spec:
-    return Spec(operator, device, dtype)  # any width runs everywhere, so a Spec per device and dtype will do
-
-
-def _describe(x: Tensor, *rest: Any) -> Spec:
-    return _spec("lstm_step", x.device.type, x.dtype)
-
-
-def _describe_inplace(x: Tensor, *rest: Any) -> Spec:
-    return _spec("lstm_step_", x.device.type, x.dtype)
-
-
-def _describe_backward(grad_h: Tensor, grad_c: Tensor, x: Tensor, *rest: Any) -> Spec:
-    return _spec("lstm_step_backward", x.device.type, x.dtype)
-
-
-def _native_supports(spec: Spec) -> str | None:
-    if spec.device == "cuda" and spec.dtype == torch.float64:
+def _native_supports(call: Spec) -> str | None:
+    if call.device == "cuda" and call.dtype == torch.float64:
         return "the CUDA kernel has no float64 form"
     return None
 
@@ -237,7 +167,7 @@ LSTM_STEP = Operator(
     "lstm_step",
     reference=reference.forward,
     fake=_fake,
-    describe=_describe,
+    describe=lambda x, *_: spec("lstm_step", x.device.type, x.dtype),
     native=_native_supports,
     triton="lstm_step",
 )
@@ -245,14 +175,14 @@ LSTM_STEP_INPLACE = Operator(
     "lstm_step_",
     reference=reference.forward_,
     fake=lambda *args: None,
-    describe=_describe_inplace,
+    describe=lambda x, *_: spec("lstm_step_", x.device.type, x.dtype),
     native=_native_supports,
 )
 LSTM_STEP_BACKWARD = Operator(
     "lstm_step_backward",
     reference=reference.backward,
     fake=_fake_backward,
-    describe=_describe_backward,
+    describe=lambda grad_h, grad_c, x, *_: spec("lstm_step_backward", x.device.type, x.dtype),
     native=_native_supports,
     triton="lstm_step",
 )

@@ -24,23 +24,47 @@ struct Array {
   unsigned char* data;
 };
 
-static void step(const RecurrentKernels& kernels, const StepSizes& s, bool with_bias, int missing) {
+// Forward and backward of a step of a cell with four gates, or with three and no cell state.
+static void step(const StepKernels& kernels, const StepSizes& s, bool gru, bool with_bias, int missing) {
   const size_t w = width(s.scalar), wide = w < 4 ? 4 : w;
   const auto [rows, input, projected, hidden, scalar] = s;
-  const Array x(rows * input, w), h(rows * projected, w), c(rows * hidden, w), w_ih(4 * hidden * input, w),
-      w_hh(4 * hidden * projected, w), b(4 * hidden, w), h_next(rows * hidden, w), c_next(rows * hidden, w),
-      gates(rows * 4 * hidden, w), scratch(kRowBlock * (input + projected), 4);
+  const int64_t gates = (gru ? 3 : 4) * hidden;
+  const Array x(rows * input, w), h(rows * projected, w), c(rows * hidden, w), w_ih(gates * input, w),
+      w_hh(gates * projected, w), b(gates, w), h_next(rows * hidden, w), c_next(rows * hidden, w),
+      saved(rows * 4 * hidden, w), scratch(kRowBlock * (input + projected), 4);
+  const auto unless_gru = [&](const Array& array) { return gru ? nullptr : (void*)array; };
   void* const bias = with_bias ? (void*)b : nullptr;
-  kernels.lstm_step({s, x, h, c, w_ih, w_hh, bias, bias, h_next, c_next, with_bias ? (void*)gates : nullptr}, 0,
-                    step_tasks(s), w == 2 ? (float*)(void*)scratch : nullptr);
+  kernels.forward(
+      {s, x, h, unless_gru(c), w_ih, w_hh, bias, bias, h_next, unless_gru(c_next), with_bias ? (void*)saved : nullptr},
+      0, step_tasks(s), w == 2 ? (float*)(void*)scratch : nullptr);
 
-  const Array grad_h(rows * hidden, w), grad_c(rows * hidden, w), dz(rows * gradient_stride(hidden), wide),
-      dx(rows * input, w), dh(rows * projected, w), dc(rows * hidden, w), dw_ih(4 * hidden * input, w),
-      dw_hh(4 * hidden * projected - missing, w), db(4 * hidden, w);
-  const LstmStepBackward backward{s,     grad_h, grad_c, x,  h,  c,     c_next, w_ih, w_hh,
-                                  gates, dz,     dx,     dh, dc, dw_ih, dw_hh,  db};
-  kernels.lstm_step_gate_gradients(backward, 0, rows);
-  kernels.lstm_step_products(backward, 0, kProductParts);
+  const Array grad_h(rows * hidden, w), grad_c(rows * hidden, w), du(rows * gradient_stride(gates), wide),
+      dv(rows * gradient_stride(gates), wide), dx(rows * input, w), dh(rows * projected, w), dc(rows * hidden, w),
+      dw_ih(gates * input, w), dw_hh(gates * projected - missing, w), db_ih(gates, w), db_hh(gates, w),
+      dh_wide(rows * projected, wide);
+  const StepBackward backward{.sizes = s,
+                              .grad_h = grad_h,
+                              .grad_c = unless_gru(grad_c),
+                              .x = x,
+                              .h = h,
+                              .c = unless_gru(c),
+                              .c_next = unless_gru(c_next),
+                              .w_ih = w_ih,
+                              .w_hh = w_hh,
+                              .gates = saved,
+                              .du = du,
+                              .dv = gru ? (void*)dv : (void*)du,
+                              .dx = dx,
+                              .dh = dh,
+                              .dc = unless_gru(dc),
+                              .dw_ih = dw_ih,
+                              .dw_hh = dw_hh,
+                              .db_ih = db_ih,
+                              .db_hh = db_hh,
+                              .dh_wide = gru ? (void*)dh_wide : nullptr};
+  kernels.sum_gradients(backward, 0, rows);
+  kernels.products(backward, 0, kProductParts);
+  if (gru) kernels.round_dh(backward, 0, rows);
 }
 
 // Forward and backward of a tile of `count` rows of falling length, with resets and in both directions.
@@ -82,8 +106,10 @@ int main(int arguments, char**) {
   for (const auto& [rows, input, projected, hidden] : shapes)
     for (const Scalar scalar : {Scalar::kFloat, Scalar::kDouble, Scalar::kBFloat16, Scalar::kHalf})
       for (const bool with_bias : {false, true}) {
-        step(SEQREC_TIER::recurrent_kernels, {rows, input, projected, hidden, scalar}, with_bias, arguments - 1);
-        ++calls;
+        const auto& [lstm, gru] = SEQREC_TIER::recurrent_kernels;
+        step(lstm, {rows, input, projected, hidden, scalar}, false, with_bias, arguments - 1);
+        step(gru, {rows, input, hidden, hidden, scalar}, true, with_bias, arguments - 1);
+        calls += 2;
       }
   const int64_t sequences[][4] = {{1, 1, 1, 1},  {3, 1, 5, 70}, {2, 7, 17, 16},
                                   {4, 9, 3, 33}, {50, 3, 4, 6}, {2, 13, 129, 18}};

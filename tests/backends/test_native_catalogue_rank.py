@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -39,13 +38,6 @@ SHAPES = [
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
-
-
-@pytest.fixture(params=range(HIGHEST_TIER + 1), ids=lambda tier: _native.TIERS[tier])
-def tier(request: pytest.FixtureRequest) -> Iterator[int]:
-    native.set_cpu_tier.default(request.param)
-    yield request.param
-    native.set_cpu_tier.default(CHOSEN_TIER)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

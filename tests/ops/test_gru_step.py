@@ -36,17 +36,21 @@ def test_values_and_gradients_equal_torch(rows: int, inputs: int, hidden: int) -
     torch.testing.assert_close(sf.gru_step(*(a[name] for name in NAMES[:4])), sf.gru_step(**without_bias))
 
 
-def test_unbatched_and_inplace() -> None:
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_unbatched_and_inplace(backend: str) -> None:
     a = arguments(3, 4, 5)
     expected = sf.gru_step(**a)
-    torch.testing.assert_close(sf.gru_step(**(a | {"x": a["x"][1], "h": a["h"][1]})), expected[1])
-    for rows in (slice(None), 1):
-        h = a["h"].clone()
-        result = sf.gru_step(**(a | {"x": a["x"][rows], "h": h[rows]}), inplace=True)
-        torch.testing.assert_close(h[rows], expected[rows])
-        assert result.data_ptr() == h[rows].data_ptr()
-    with pytest.raises(ValueError, match="inplace=True has no gradient"):
-        sf.gru_step(**(a | {"w_ih": a["w_ih"].requires_grad_()}), inplace=True)
+    with sf.use_backend(backend):
+        torch.testing.assert_close(sf.gru_step(**(a | {"x": a["x"][1], "h": a["h"][1]})), expected[1])
+        for rows in (slice(None), 1):
+            h = a["h"].clone()
+            result = sf.gru_step(**(a | {"x": a["x"][rows], "h": h[rows]}), inplace=True)
+            torch.testing.assert_close(h[rows], expected[rows])
+            assert result.data_ptr() == h[rows].data_ptr()
+        before = a["h"].clone()
+        with pytest.raises(ValueError, match="gru_step: inplace=True has no gradient"):
+            sf.gru_step(**(a | {"w_ih": a["w_ih"].requires_grad_()}), inplace=True)
+        assert torch.equal(a["h"], before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -76,6 +80,9 @@ def test_transforms_graphs_and_opcheck() -> None:
     args = (*leaves.values(), True, 0)
     torch.library.opcheck(torch.ops.seqrec_fast.gru_step.default, args)
     torch.library.opcheck(torch.ops.seqrec_fast.gru_step_.default, (*(a[name].clone() for name in NAMES), 0))
+    h, gates = torch.ops.seqrec_fast.gru_step(*a.values(), True, 0)
+    backward = (h, *(a[name] for name in NAMES[:4]), gates, [True, False, True, True, False, True], 0)
+    torch.library.opcheck(torch.ops.seqrec_fast.gru_step_backward.default, backward)
 
 
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
@@ -87,10 +94,24 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"w_ih": torch.zeros(13, 3).double()}, ValueError, r"w_ih must have shape \[3H, I\]"),
     ({"w_hh": torch.zeros(12, 5).double()}, ValueError, r"w_hh must have shape \[3H, H\] = \(12, 4\)"),
     ({"b_hh": torch.zeros(4).double()}, ValueError, r"b_hh must have shape \[3H\] = \(12,\)"),
+    ({"b_ih": torch.zeros(12)}, TypeError, "b_ih must have the dtype of x"),
+    ({"w_hh": [1.0]}, TypeError, "w_hh must be a tensor, got list"),
+    ({"h": torch.zeros(2, 4, device="meta").double()}, ValueError, "h must be on the device of x .cpu., got meta"),
 ]
 
 
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize(("change", "error", "message"), BAD)
-def test_bad_input(change: dict[str, Any], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        sf.gru_step(**(arguments(2, 3, 4) | change))
+def test_bad_input(change: dict[str, Any], error: type[Exception], message: str, backend: str, inplace: bool) -> None:
+    with sf.use_backend(backend), pytest.raises(error, match=f"gru_step: {message}"):
+        sf.gru_step(**(arguments(2, 3, 4) | change), inplace=inplace)
+
+
+def test_weights_changed_before_the_backward_are_an_error() -> None:
+    a = {name: value.requires_grad_() for name, value in arguments(3, 4, 5).items()}
+    h = sf.gru_step(**a)
+    with torch.no_grad():
+        a["w_hh"].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        h.sum().backward()

@@ -1,5 +1,6 @@
 // Registration of the whole-sequence operators for CPU tensors: arguments, tiles of rows, threads, choice of the tier.
 // Types and shapes were explained in Python; they are checked again so that a direct call stays within its arrays.
+#include <cmath>
 #include <cstring>
 #include <memory>
 #include <numeric>
@@ -73,7 +74,30 @@ struct Arguments {
   const Tensor& w_hh;
   const Optional &b_ih, &b_hh, &ids, &lengths, &reset;
   bool batch_first, reverse;
+  const Optional& seed;
+  double zoneout, recurrent_dropout;
+  int64_t stream;
 };
+
+// A draw of 16 bits below this drops; a half rounds to even, as Python's round does.
+int32_t drops_below(double p) { return (int32_t)std::nearbyint(p * 65536); }
+
+SequenceNoise noise_of(const Arguments& a) {
+  for (const double p : {a.zoneout, a.recurrent_dropout})
+    check_value(p >= 0 && p <= 1, a.operator_name, ": zoneout and recurrent_dropout must lie in 0…1, got ", p);
+  SequenceNoise noise{};
+  noise.zoneout = a.zoneout;
+  if (!a.seed) return noise;
+  check_value(a.seed->numel() == 1 && a.seed->scalar_type() == ScalarType::Long, a.operator_name,
+              ": seed must be one int64 number");
+  noise.drawn = true;
+  noise.seed = *(const uint64_t*)a.seed->const_data_ptr();
+  noise.stream = (uint32_t)a.stream;
+  noise.zoneout_below = drops_below(a.zoneout);
+  noise.dropout_below = drops_below(a.recurrent_dropout);
+  noise.kept_factor = a.recurrent_dropout < 1 ? 1 / (1 - a.recurrent_dropout) : 0;
+  return noise;
+}
 
 class Sequence {
  public:
@@ -93,7 +117,10 @@ class Sequence {
          a.h.size(1),
          a.batch_first,
          a.reverse,
-         !a.w_ih};
+         !a.w_ih,
+         a.zoneout > 0,
+         a.seed && a.recurrent_dropout > 0};
+    in.noise = noise_of(a);
     const int64_t gates = gate_rows(s);
     expect(name, "h", a.h, {s.rows, s.hidden});
     if (a.c) expect(name, "c", *a.c, {s.rows, s.hidden});
@@ -431,21 +458,20 @@ BackwardResults run_backward(const Sequence& sequence, const Arguments& a, const
 // ------------------------------------------------------------------------------------------------------
 
 // Options of the schema that only the reference has: _dispatch.py does not send them here.
-void refuse(const char* name, std::initializer_list<const Optional*> tensors, double zoneout, double dropout) {
+void refuse(const char* name, std::initializer_list<const Optional*> tensors) {
   for (const Optional* tensor : tensors)
     check_value(!*tensor, name, ": the native CPU kernel has no projection and no layer normalisation");
-  check_value(zoneout == 0 && dropout == 0, name, ": the native CPU kernel has no zoneout and no recurrent dropout");
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm(
     const Tensor& x, const Tensor& h, const Tensor& c, const Optional& w_ih, const Tensor& w_hh, const Optional& b_ih,
     const Optional& b_hh, const Optional& w_hr, const Optional& ln_ih, const Optional& ln_hh, const Optional& ln_c,
     const Optional& ln_c_bias, const Optional& ids, const Optional& lengths, const Optional& reset,
-    const Optional& /*seed*/, bool batch_first, bool reverse, bool last_only, int64_t save, double zoneout,
-    double recurrent_dropout, int64_t /*stream*/, int64_t /*precision*/) {
-  refuse("lstm", {&w_hr, &ln_ih, &ln_hh, &ln_c, &ln_c_bias}, zoneout, recurrent_dropout);
-  const Sequence sequence(
-      {"lstm", CellKind::kLstm, x, h, &c, w_ih, w_hh, b_ih, b_hh, ids, lengths, reset, batch_first, reverse});
+    const Optional& seed, bool batch_first, bool reverse, bool last_only, int64_t save, double zoneout,
+    double recurrent_dropout, int64_t stream, int64_t /*precision*/) {
+  refuse("lstm", {&w_hr, &ln_ih, &ln_hh, &ln_c, &ln_c_bias});
+  const Sequence sequence({"lstm", CellKind::kLstm, x, h, &c, w_ih, w_hh, b_ih, b_hh, ids, lengths, reset, batch_first,
+                           reverse, seed, zoneout, recurrent_dropout, stream});
   ForwardResults found = run_forward(sequence, x, last_only, save);
   return {std::move(*found.output), std::move(found.h_n), std::move(*found.c_n), std::move(*found.cells),
           std::move(*found.gates)};
@@ -454,12 +480,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm(
 std::tuple<Tensor, Tensor, Tensor> gru(const Tensor& x, const Tensor& h, const Optional& w_ih, const Tensor& w_hh,
                                        const Optional& b_ih, const Optional& b_hh, const Optional& ln_ih,
                                        const Optional& ln_hh, const Optional& ids, const Optional& lengths,
-                                       const Optional& reset, const Optional& /*seed*/, bool batch_first, bool reverse,
+                                       const Optional& reset, const Optional& seed, bool batch_first, bool reverse,
                                        bool last_only, int64_t save, double zoneout, double recurrent_dropout,
-                                       int64_t /*stream*/, int64_t /*precision*/) {
-  refuse("gru", {&ln_ih, &ln_hh}, zoneout, recurrent_dropout);
-  const Sequence sequence(
-      {"gru", CellKind::kGru, x, h, nullptr, w_ih, w_hh, b_ih, b_hh, ids, lengths, reset, batch_first, reverse});
+                                       int64_t stream, int64_t /*precision*/) {
+  refuse("gru", {&ln_ih, &ln_hh});
+  const Sequence sequence({"gru", CellKind::kGru, x, h, nullptr, w_ih, w_hh, b_ih, b_hh, ids, lengths, reset,
+                           batch_first, reverse, seed, zoneout, recurrent_dropout, stream});
   ForwardResults found = run_forward(sequence, x, last_only, save);
   return {std::move(*found.output), std::move(found.h_n), std::move(*found.gates)};
 }
@@ -471,14 +497,15 @@ ElevenTensors lstm_backward(const Optional& grad_output, const Optional& grad_h_
                             const Tensor& x, const Tensor& h, const Tensor& c, const Optional& w_ih, const Tensor& w_hh,
                             const Optional& b_ih, const Optional& b_hh, const Optional& w_hr, const Optional& ln_ih,
                             const Optional& ln_hh, const Optional& ln_c, const Optional& ln_c_bias, const Optional& ids,
-                            const Optional& lengths, const Optional& reset, const Optional& /*seed*/, bool batch_first,
+                            const Optional& lengths, const Optional& reset, const Optional& seed, bool batch_first,
                             bool reverse, bool /*last_only*/, int64_t /*save*/, double zoneout,
-                            double recurrent_dropout, int64_t /*stream*/, int64_t /*precision*/, const Tensor& output,
+                            double recurrent_dropout, int64_t stream, int64_t /*precision*/, const Tensor& output,
                             const Tensor& cells, const Tensor& gates, const std::vector<bool>& output_mask) {
-  refuse("lstm_backward", {&w_hr, &ln_ih, &ln_hh, &ln_c, &ln_c_bias}, zoneout, recurrent_dropout);
+  refuse("lstm_backward", {&w_hr, &ln_ih, &ln_hh, &ln_c, &ln_c_bias});
   check_value(output_mask.size() == 11, "lstm_backward: output_mask must have 11 entries, got ", output_mask.size());
-  const Arguments arguments{"lstm", CellKind::kLstm, x,     h,           &c,     w_ih, w_hh, b_ih, b_hh,
-                            ids,    lengths,         reset, batch_first, reverse};
+  const Arguments arguments{
+      "lstm",  CellKind::kLstm,   x,     h, &c, w_ih, w_hh, b_ih, b_hh, ids, lengths, reset, batch_first, reverse, seed,
+      zoneout, recurrent_dropout, stream};
   const Sequence sequence(arguments);
   const auto& m = output_mask;
   BackwardResults found = run_backward(sequence, arguments, {grad_output, grad_h_n, grad_c_n}, output, &cells, gates,
@@ -491,13 +518,14 @@ ElevenTensors lstm_backward(const Optional& grad_output, const Optional& grad_h_
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gru_backward(
     const Optional& grad_output, const Optional& grad_h_n, const Tensor& x, const Tensor& h, const Optional& w_ih,
     const Tensor& w_hh, const Optional& b_ih, const Optional& b_hh, const Optional& ln_ih, const Optional& ln_hh,
-    const Optional& ids, const Optional& lengths, const Optional& reset, const Optional& /*seed*/, bool batch_first,
-    bool reverse, bool /*last_only*/, int64_t /*save*/, double zoneout, double recurrent_dropout, int64_t /*stream*/,
+    const Optional& ids, const Optional& lengths, const Optional& reset, const Optional& seed, bool batch_first,
+    bool reverse, bool /*last_only*/, int64_t /*save*/, double zoneout, double recurrent_dropout, int64_t stream,
     int64_t /*precision*/, const Tensor& output, const Tensor& gates, const std::vector<bool>& output_mask) {
-  refuse("gru_backward", {&ln_ih, &ln_hh}, zoneout, recurrent_dropout);
+  refuse("gru_backward", {&ln_ih, &ln_hh});
   check_value(output_mask.size() == 8, "gru_backward: output_mask must have 8 entries, got ", output_mask.size());
-  const Arguments arguments{"gru", CellKind::kGru, x,   h,       nullptr, w_ih,        w_hh,
-                            b_ih,  b_hh,           ids, lengths, reset,   batch_first, reverse};
+  const Arguments arguments{"gru",       CellKind::kGru, x,    h,       nullptr,           w_ih,
+                            w_hh,        b_ih,           b_hh, ids,     lengths,           reset,
+                            batch_first, reverse,        seed, zoneout, recurrent_dropout, stream};
   const Sequence sequence(arguments);
   const auto& m = output_mask;
   BackwardResults found = run_backward(sequence, arguments, {grad_output, grad_h_n, {}}, output, nullptr, gates,

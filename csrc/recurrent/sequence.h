@@ -19,7 +19,11 @@ struct SequenceShape {
   int64_t steps, rows, input, hidden;  // T, B, I, H
   bool batch_first, reverse;
   bool projected;  // x is W_ih·x already: I = gates·H, and there is no W_ih
+  bool zoneout, recurrent_dropout;
 };
+
+// Some option is on: what the plain step does not know of.
+static inline bool has_options(const SequenceShape& s) { return s.zoneout || s.recurrent_dropout; }
 
 static inline int64_t gate_rows(const SequenceShape& s) { return gate_count(s.kind) * s.hidden; }
 // Index of a token in x, ids, output and their gradients; the saved states are time-major.
@@ -28,6 +32,18 @@ static inline int64_t token_index(const SequenceShape& s, int64_t step, int64_t 
 }
 static inline int64_t saved_index(const SequenceShape& s, int64_t step, int64_t row) { return step * s.rows + row; }
 
+// Numbers within a stream of masks, as in seqrec_fast/backends/reference/_philox.py.
+enum class MaskKind : int { kHiddenZoneout, kCellZoneout, kRecurrentDropout };
+
+struct SequenceNoise {
+  bool drawn;  // there is a seed; otherwise zoneout takes its mean, and nothing drops
+  uint64_t seed;
+  uint32_t stream;                       // of the layer and direction
+  double zoneout;                        // chance that a unit keeps its former state
+  int32_t zoneout_below, dropout_below;  // a draw of 16 bits below these drops
+  double kept_factor;                    // on what recurrent dropout leaves of h
+};
+
 struct SequenceInputs {
   SequenceShape shape;
   const void* x;                          // [T·B, I], or with ids a table [N, I]
@@ -35,6 +51,7 @@ struct SequenceInputs {
   const void *h, *c;                      // [B, H]; c null for GRU
   const void *w_ih, *w_hh, *b_ih, *b_hh;  // [gates·H, I], [gates·H, H], [gates·H]; null where there is none
   const bool* reset;                      // [B, T] or null
+  SequenceNoise noise;
 };
 
 // Some rows of the batch, those of greater length first. A thread takes one through all steps by itself.

@@ -21,6 +21,9 @@ class BackwardScratch : public Layout {
   S *dh, *dc;            // [count, H]
   S* gates;              // [count, 4H] of one step, where they are made again
   S *sums, *x, *h, *dx;  // [capacity, …]: gradients of the sums, input vectors, former states, gradients of the inputs
+  S* operand;            // [capacity, H]: h as W_hh sees it
+  S *fresh_dh, *past_w_hh, *factors;  // with options: dh of what the cell makes; of W_hh·h; see dropout_factors
+  uint8_t *drops_of_h, *drops_of_c;   // [count, drop_width(H)]
   CellRow<T>* rows;
   Token* token;
 
@@ -37,6 +40,12 @@ class BackwardScratch : public Layout {
     dx = take<S>(s.projected ? 0 : capacity * s.input);
     rows = take<CellRow<T>>(count);
     token = take<Token>(capacity);
+    operand = s.recurrent_dropout ? take<S>(capacity * s.hidden) : h;
+    fresh_dh = take<S>(has_options(s) ? count * s.hidden : 0);
+    past_w_hh = take<S>(has_options(s) ? count * s.hidden : 0);
+    factors = take<S>(s.recurrent_dropout ? count * drop_width(s.hidden) : 0);
+    drops_of_h = take<uint8_t>(has_options(s) ? count * drop_width(s.hidden) : 0);
+    drops_of_c = take<uint8_t>(s.zoneout ? count * drop_width(s.hidden) : 0);
   }
 };
 
@@ -91,7 +100,7 @@ struct SequenceGradient {
       const int64_t at = kept + p;
       scratch.rows[p] = {shape.projected ? nullptr : scratch.x + at * shape.input,
                          shape.projected ? input_vector<T>(in, token_index(shape, step, tile.row[p])) : nullptr,
-                         nullptr, scratch.h + at * hidden};
+                         nullptr, scratch.operand + at * hidden};
     }
     all_sums<T, Cell>(scratch.rows, count, PackedWeights<T>(shape), call.packed,
                       [&](int64_t p, int64_t unit, const Vector<T>(&sums)[kSumCount]) __attribute__((always_inline)) {
@@ -102,11 +111,18 @@ struct SequenceGradient {
                       });
   }
 
+  // The cell state that the step of row p started from, of some units.
+  __attribute__((always_inline)) Vector<T> former_cell(int64_t p, int64_t step, int64_t unit, int units) const {
+    const int64_t hidden = shape.hidden, row = tile.row[p], before = step_before(p, step);
+    if (segment_begins(in, tile, p, step)) return Vector<T>{};
+    return before < 0 ? load_first((const T*)in.c + row * hidden + unit, units)
+                      : load_first((const S*)call.cells + saved_index(shape, before, row) * hidden + unit, units);
+  }
+
   // From dh and dc after the step of row p to those before it (dh without what comes through W_hh) and the sums' own.
   template <class G>
   void pointwise(int64_t p, int64_t step, const G* gates) {
-    const int64_t hidden = shape.hidden, row = tile.row[p], at = kept + p, before = step_before(p, step);
-    const bool begins = segment_begins(in, tile, p, step);
+    const int64_t hidden = shape.hidden, row = tile.row[p], at = kept + p;
     const T* grad_output =
         call.grad_output ? (const T*)call.grad_output + token_index(shape, step, row) * hidden : nullptr;
     S *dh = scratch.dh + p * hidden, *dc = scratch.dc + p * hidden, *sums = scratch.sums + at * scratch.sums_stride;
@@ -117,12 +133,9 @@ struct SequenceGradient {
       Vector<T> c{}, c_next{}, grad_c{}, grad_h = load_first(dh + unit, units);
       if (grad_output) grad_h = grad_h + load_first(grad_output + unit, units);
       if constexpr (Cell::kHasCellState) {
-        const S* cells = (const S*)call.cells + unit;
-        c_next = load_first(cells + saved_index(shape, step, row) * hidden, units);
+        c_next = load_first((const S*)call.cells + saved_index(shape, step, row) * hidden + unit, units);
         grad_c = load_first(dc + unit, units);
-        if (!begins)
-          c = before < 0 ? load_first((const T*)in.c + row * hidden + unit, units)
-                         : load_first(cells + saved_index(shape, before, row) * hidden, units);
+        c = former_cell(p, step, unit, units);
       }
       const auto found =
           Cell::backward(saved, load_first(scratch.h + at * hidden + unit, units), c, c_next, grad_h, grad_c);
@@ -132,7 +145,34 @@ struct SequenceGradient {
     }
   }
 
-  void back(int64_t count, int64_t step) {
+  // to = the gradient of W_hh's operand, or what is there and it.
+  void past_hidden_weights(int64_t count, S* to, bool accumulate) {
+    const int64_t hidden = shape.hidden;
+    for (int i = 0; i < Cell::kHiddenRanges; ++i) {
+      const GateRange& range = Cell::kHidden[i];
+      const Product<T, S> product{scratch.sums + kept * scratch.sums_stride + range.sum * hidden,
+                                  scratch.sums_stride,
+                                  1,
+                                  (const T*)in.w_hh + range.row * hidden * hidden,
+                                  to,
+                                  count,
+                                  hidden,
+                                  range.count * hidden,
+                                  accumulate || i > 0};
+      product_part(product, 0, 1, 1);
+    }
+  }
+
+  // Nothing passes the begin of a segment.
+  void end_step(int64_t count, int64_t step) {
+    const int64_t hidden = shape.hidden;
+    for (int64_t p = 0; p < count; ++p)
+      if (segment_begins(in, tile, p, step))
+        for (int64_t i = p * hidden; i < (p + 1) * hidden; ++i) scratch.dh[i] = scratch.dc[i] = 0;
+    kept += count;
+  }
+
+  virtual void back(int64_t count, int64_t step) {
     const int64_t hidden = shape.hidden;
     if (kept + count > scratch.capacity) flush();
     gather(count, step);
@@ -143,23 +183,8 @@ struct SequenceGradient {
       else
         pointwise(p, step, (const S*)scratch.gates + p * kSumCount * hidden);
     }
-    for (int i = 0; i < Cell::kHiddenRanges; ++i) {
-      const GateRange& range = Cell::kHidden[i];
-      const Product<T, S> product{scratch.sums + kept * scratch.sums_stride + range.sum * hidden,
-                                  scratch.sums_stride,
-                                  1,
-                                  (const T*)in.w_hh + range.row * hidden * hidden,
-                                  scratch.dh,
-                                  count,
-                                  hidden,
-                                  range.count * hidden,
-                                  !Cell::kHasCellState || i > 0};
-      product_part(product, 0, 1, 1);
-    }
-    for (int64_t p = 0; p < count; ++p)
-      if (segment_begins(in, tile, p, step))
-        for (int64_t i = p * hidden; i < (p + 1) * hidden; ++i) scratch.dh[i] = scratch.dc[i] = 0;
-    kept += count;
+    past_hidden_weights(count, scratch.dh, !Cell::kHasCellState);
+    end_step(count, step);
   }
 
   // The products over the chunk's tokens.
@@ -188,7 +213,7 @@ struct SequenceGradient {
     if (partial.dw_hh)
       for (const GateRange& range : Cell::kHidden)
         product_part(
-            Product<S>{scratch.sums + range.sum * hidden, 1, scratch.sums_stride, scratch.h,
+            Product<S>{scratch.sums + range.sum * hidden, 1, scratch.sums_stride, scratch.operand,
                        (S*)partial.dw_hh + range.row * hidden * hidden, range.count * hidden, hidden, kept, true},
             0, 1, 1);
     if (partial.db)
@@ -234,12 +259,6 @@ void add_parts(const void* const* parts, int64_t count, void* out, int64_t begin
     for (int64_t p = 1; p < count; ++p) sum = sum + load_first((const S*)parts[p] + i, lanes);
     store_first((T*)out + i, lanes, sum);
   }
-}
-
-template <class T, class Cell>
-void sequence_backward(const SequenceBackward& call, const RowTile& tile, const SequencePartial& partial,
-                       void* memory) {
-  SequenceGradient<T, Cell>(call, tile, partial, memory).run();
 }
 
 }  // namespace seqrec_fast::SEQREC_TIER

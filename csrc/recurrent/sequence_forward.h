@@ -12,6 +12,7 @@
 #include "common/lanes.h"
 #include "common/scratch.h"
 #include "sequence_cells.h"
+#include "sequence_masks.h"
 
 namespace seqrec_fast::SEQREC_TIER {
 
@@ -223,6 +224,19 @@ SEQREC_INLINE void all_sums(const CellRow<T>* rows, int64_t count, const PackedW
     }
 }
 
+// The same, to memory: [count, blocks, kSumCount, kWidth].
+template <class T, class Cell>
+__attribute__((noinline)) void write_sums(const CellRow<T>* rows, int64_t count, const PackedWeights<T>& layout,
+                                          const void* packed, typename Compute<T>::Scalar* to) {
+  constexpr int kWidth = Compute<T>::kWidth;
+  const int64_t width = layout.blocks() * kWidth;
+  all_sums<T, Cell>(rows, count, layout, packed,
+                    [&](int64_t p, int64_t unit, const Vector<T>(&sums)[kSumCount]) __attribute__((always_inline)) {
+                      for (int s = 0; s < kSumCount; ++s)
+                        store(to + (p * width + unit) * kSumCount + s * kWidth, sums[s]);
+                    });
+}
+
 // ---- the walk over the steps
 // ------------------------------------------------------------------------------------------
 
@@ -277,6 +291,8 @@ class ForwardScratch : public Layout {
   S *h[2], *c;       // [count, width]
   S *x, *projected;  // [capacity, I] where x must be widened; [capacity, 4·width] where it is projected ahead
   CellRow<T>* rows;  // [capacity]
+  S *sums, *operand, *factors;       // with options: [count, 4·width]; h as W_hh sees it; see dropout_factors
+  uint8_t *drops_of_h, *drops_of_c;  // [count, drop_width(H)]
 
   ForwardScratch(const SequenceShape& s, int64_t count, void* memory)
       : Layout(memory), width(PackedWeights<T>(s).blocks() * Compute<T>::kWidth) {
@@ -288,6 +304,11 @@ class ForwardScratch : public Layout {
     x = take<S>(kIsHalf<T> && !s.projected ? capacity * s.input : 0);
     projected = take<S>(ahead ? capacity * kSumCount * width : 0);
     rows = take<CellRow<T>>(capacity);
+    sums = take<S>(has_options(s) ? count * kSumCount * width : 0);
+    operand = take<S>(s.recurrent_dropout ? count * width : 0);
+    factors = take<S>(s.recurrent_dropout ? count * drop_width(s.hidden) : 0);
+    drops_of_h = take<uint8_t>(has_options(s) ? count * drop_width(s.hidden) : 0);
+    drops_of_c = take<uint8_t>(s.zoneout ? count * drop_width(s.hidden) : 0);
   }
 };
 
@@ -325,25 +346,27 @@ struct SequenceWalk {
   }
 
   void project_ahead(int64_t tokens) {
-    all_sums<T, Cell>(scratch.rows, tokens, layout, call.packed,
-                      [&](int64_t p, int64_t unit, const Vector<T>(&sums)[kSumCount]) __attribute__((always_inline)) {
-                        S* const to = scratch.projected + (p * scratch.width + unit) * kSumCount;
-                        for (int s = 0; s < kSumCount; ++s) store(to + s * kWidth, sums[s]);
-                      });
+    write_sums<T, Cell>(scratch.rows, tokens, layout, call.packed, scratch.projected);
     for (int64_t p = 0; p < tokens; ++p)
       scratch.rows[p] = {nullptr, nullptr, scratch.projected + p * scratch.width * kSumCount, nullptr};
   }
 
-  // One step of `count` rows, whose inputs are rows first … of the scratch.
-  void take_step(int64_t first, int64_t count, int64_t step) {
+  // The states that a step of `count` rows starts from, as its operands.
+  void begin_step(CellRow<T>* rows, int64_t count, int64_t step) {
     const int64_t width = scratch.width;
-    CellRow<T>* const rows = scratch.rows + first;
     for (int64_t p = 0; p < count; ++p) {
       S* h = scratch.h[now] + p * width;
       rows[p].h = h;
       if (segment_begins(call.in, tile, p, step))
         for (int64_t i = 0; i < width; ++i) h[i] = 0, scratch.c[p * width + i] = 0;
     }
+  }
+
+  // One step of `count` rows, whose inputs are rows first … of the scratch.
+  virtual void take_step(int64_t first, int64_t count, int64_t step) {
+    const int64_t width = scratch.width;
+    CellRow<T>* const rows = scratch.rows + first;
+    begin_step(rows, count, step);
     S* const h_next = scratch.h[1 - now];
     all_sums<T, Cell>(rows, count, layout, call.packed,
                       [&](int64_t p, int64_t unit, const Vector<T>(&sums)[kSumCount]) __attribute__((always_inline)) {
@@ -411,10 +434,5 @@ struct SequenceWalk {
     }
   }
 };
-
-template <class T, class Cell>
-void sequence_forward(const SequenceForward& call, const RowTile& tile, void* memory) {
-  SequenceWalk<T, Cell>(call, tile, memory).run();
-}
 
 }  // namespace seqrec_fast::SEQREC_TIER

@@ -1,6 +1,7 @@
 // The whole-sequence kernels of one CPU tier; compiled once per tier as tier.cpp is.
 #include "by_scalar.h"
-#include "sequence_backward.h"
+#include "sequence_options.h"
+#include "sequence_options_backward.h"
 
 namespace seqrec_fast::SEQREC_TIER {
 namespace {

@@ -182,7 +182,7 @@ def _follow_autocast(
 
 def native_supports(spec: Spec) -> str | None:
     """What the native kernels of whole sequences lack."""
-    missing = sorted(spec.options & {"projection", "layer_norm", "zoneout", "recurrent_dropout"})
+    missing = sorted(spec.options & {"projection", "layer_norm"})
     return f"the native kernel has no {missing[0].replace('_', ' ')}" if missing else None
 
 

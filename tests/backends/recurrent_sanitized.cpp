@@ -59,8 +59,9 @@ static void sequence(const SequenceKernels& kernels, const SequenceShape& s, boo
   const RowTile tile{(int64_t*)row.data, (int64_t*)length.data, s.rows};
   SequenceShape shape = s;
   shape.input = input;
+  const SequenceNoise noise{s.recurrent_dropout, 0x123456789abcdef, 8, 0.3, 19661, 26214, 1 / 0.6};
   const SequenceInputs in{
-      shape, x, nullptr, h, c, s.projected ? nullptr : (void*)w_ih, w_hh, b, b, (const bool*)reset.data};
+      shape, x, nullptr, h, c, s.projected ? nullptr : (void*)w_ih, w_hh, b, b, (const bool*)reset.data, noise};
   const Array packed(kernels.packed_bytes(shape), 1), forward(kernels.forward_scratch(shape, s.rows), 1),
       backward(kernels.backward_scratch(shape, s.rows), 1);
   kernels.pack(in, packed, 0, kernels.pack_blocks(shape));
@@ -91,9 +92,13 @@ int main(int arguments, char**) {
     for (const Scalar scalar : {Scalar::kFloat, Scalar::kDouble, Scalar::kBFloat16, Scalar::kHalf})
       for (const CellKind kind : {CellKind::kLstm, CellKind::kGru})
         for (const bool flag : {false, true}) {
-          sequence(SEQREC_TIER::sequence_kernels,
-                   {kind, scalar, steps, rows, input, hidden, flag, !flag, flag && rows > 5}, flag);
-          ++calls;
+          const SequenceShape plain{kind, scalar, steps, rows, input, hidden, flag, !flag, flag && rows > 5};
+          SequenceShape noisy = plain, mean = plain;
+          noisy.zoneout = noisy.recurrent_dropout = mean.zoneout = true;
+          for (const SequenceShape& shape : {plain, noisy, mean}) {
+            sequence(SEQREC_TIER::sequence_kernels, shape, flag);
+            ++calls;
+          }
         }
   printf("%d\n", calls);
 }

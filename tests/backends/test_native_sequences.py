@@ -16,9 +16,22 @@ pytestmark = pytest.mark.skipif(_native.MISSING is not None, reason=str(_native.
 KINDS = {"lstm": (sf.lstm, 4), "gru": (sf.gru, 3)}
 
 
-def weights_of(kind: str, inputs: int, hidden: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+@pytest.fixture(autouse=True)
+def one_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Masks from the same seed in every run; drawing one has no native implementation, which a forced backend would ask for."""
+    monkeypatch.setattr("seqrec_fast.ops._recurrent.draw_seed", lambda device: torch.tensor(-0x1234_5678_9ABC_DEF0))
+
+
+def weights_of(
+    kind: str,
+    inputs: int,
+    hidden: int,
+    dtype: torch.dtype = torch.float32,
+    option: str | None = None,
+    seed: int = 0,
+) -> list[Tensor]:
     gates = KINDS[kind][1] * hidden
-    generator = torch.Generator().manual_seed(hidden)
+    generator = torch.Generator().manual_seed(hidden + 1000 * seed)
     shapes = ((gates, inputs), (gates, hidden), (gates,), (gates,))
     return [(torch.randn(s, generator=generator, dtype=torch.float64) * hidden**-0.5).to(dtype) for s in shapes]
 
@@ -62,16 +75,81 @@ def test_across_tile_edges(kind: str, steps: int, rows: int, inputs: int, hidden
         torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
 
 
+OPTIONS: dict[str, dict[str, Any]] = {
+    "zoneout": {"zoneout": 0.3, "training": True},
+    "zoneout_mean": {"zoneout": 0.3},
+    "always_zoned": {"zoneout": 1.0, "training": True},
+    "recurrent_dropout": {"recurrent_dropout": 0.4, "training": True},
+    "noise": {"zoneout": 0.2, "recurrent_dropout": 0.3, "training": True},
+}
+
+
+def takes(kind: str, option: str) -> bool:
+    return kind == "lstm" or "projection" not in option
+
+
+OPTION_CASES = [(kind, option) for kind in KINDS for option in OPTIONS if takes(kind, option)]
+
+
+@pytest.mark.parametrize(("kind", "option"), OPTION_CASES)
+@pytest.mark.parametrize("save_gates", [True, False])
+@pytest.mark.parametrize(
+    ("steps", "rows", "hidden"),
+    [
+        (3, 1, 1),
+        (20, 6, 5),  # masks of three groups of steps
+        (17, 7, 16),
+        (9, 33, 17),
+        (2, 100, 100),  # two tiles forward
+        (150, 2, 5),  # several chunks of one tile
+    ],
+)
+def test_options_across_tile_edges(
+    kind: str, option: str, steps: int, rows: int, hidden: int, save_gates: bool
+) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    x = torch.randn(steps, rows, 6, generator=generator, dtype=torch.float64)
+    ragged = {
+        "lengths": torch.randint(0, steps + 1, (rows,), generator=generator),
+        "reset": torch.rand(rows, steps, generator=generator) < 0.3,
+    }
+    weights = weights_of(kind, 6, hidden, torch.float64, option)
+    told = {"save_gates": save_gates, **OPTIONS[option]}
+    found = {}
+    for backend in ("reference", "native"):
+        with sf.use_backend(backend):
+            found[backend] = [run(kind, x, weights, **told), run(kind, x, weights, **ragged, **told)]
+            both = [*weights, *weights_of(kind, 6, hidden, torch.float64, option, seed=1)]
+            found[backend].append(run(kind, x, both, bidirectional=True, last_only=True, **ragged, **told))
+    torch.testing.assert_close(found["native"], found["reference"], rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_same_bits_for_any_number_of_threads(kind: str) -> None:
-    x, weights = torch.randn(9, 50, 20), weights_of(kind, 20, 40)
+def test_zoneout_keeps_the_same_units_as_the_reference(kind: str) -> None:
+    """A kept unit has its former bits, so the masks can be read off the outputs."""
+    x, weights = torch.randn(21, 5, 6), weights_of(kind, 6, 37)
+    kept = []
+    for backend in ("reference", "native"):
+        with sf.use_backend(backend):
+            output = run(kind, x, weights, zoneout=0.3, training=True)[0]
+        kept.append(output[1:] == output[:-1])
+    assert torch.equal(*kept)
+    assert 0.2 < kept[0].float().mean() < 0.4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("option", [None, *OPTIONS])
+def test_same_bits_for_any_number_of_threads(kind: str, option: str | None) -> None:
+    if option is not None and not takes(kind, option):
+        pytest.skip("lstm only")
+    x, weights = torch.randn(9, 50, 20), weights_of(kind, 20, 40, option=option)
     lengths = torch.randint(0, 10, (50,))
     before = torch.get_num_threads()
     try:
         found = []
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            found.append(run(kind, x, weights, lengths=lengths))
+            found.append(run(kind, x, weights, lengths=lengths, **OPTIONS.get(option or "", {})))
     finally:
         torch.set_num_threads(before)
     for other in found[1:]:
@@ -79,11 +157,17 @@ def test_same_bits_for_any_number_of_threads(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_same_bits_in_any_batch(kind: str) -> None:
-    x, weights = torch.randn(6, 23, 20), weights_of(kind, 20, 40)
-    full, *states = run(kind, x, weights)[:3]
-    for rows in ([0], [5, 3], list(range(7, 20))):
-        part, *part_states = run(kind, x[:, rows], weights)[:3]
+@pytest.mark.parametrize("option", [None, *OPTIONS])
+def test_same_bits_in_any_batch(kind: str, option: str | None) -> None:
+    if option is not None and not takes(kind, option):
+        pytest.skip("lstm only")
+    x, weights = torch.randn(6, 23, 20), weights_of(kind, 20, 40, option=option)
+    told = OPTIONS.get(option or "", {})
+    full, *states = run(kind, x, weights, **told)[:3]
+    # A mask depends on the place of its row in the batch.
+    drawn = told.get("training", False)
+    for rows in ([0], [0, 1, 2], list(range(20))) if drawn else ([0], [5, 3], list(range(7, 20))):
+        part, *part_states = run(kind, x[:, rows], weights, **told)[:3]
         assert torch.equal(part, full[:, rows])
         assert torch.equal(part_states[0], states[0][:, rows])
 
@@ -142,7 +226,10 @@ def raw(**changes: Any) -> list[Any]:
         ({"reset": torch.zeros(4, 3, dtype=torch.bool)}, ValueError, "reset must be bool"),
         ({"x": torch.randn(9, 5), "ids": torch.full((4, 3), 9)}, IndexError, "0…8"),
         ({"w_hr": torch.randn(6, 6)}, ValueError, "no projection"),
-        ({"zoneout": 0.1}, ValueError, "no zoneout"),
+        ({"zoneout": 1.1}, ValueError, "must lie in 0…1, got 1.1"),
+        ({"recurrent_dropout": -0.1}, ValueError, "must lie in 0…1, got -0.1"),
+        ({"zoneout": 0.1, "seed": torch.zeros(2, dtype=torch.long)}, ValueError, "one int64 number"),
+        ({"zoneout": 0.1, "seed": torch.tensor(1.0)}, ValueError, "one int64 number"),
     ],
 )
 def test_a_direct_call_stays_within_its_arrays(changes: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -152,5 +239,6 @@ def test_a_direct_call_stays_within_its_arrays(changes: dict[str, Any], error: t
 
 def test_what_it_lacks_is_said() -> None:
     weights = weights_of("lstm", 5, 6)
-    with sf.use_backend("native"), pytest.raises(sf.BackendUnavailable, match="no zoneout"):
-        sf.lstm(torch.randn(4, 3, 5), None, weights, zoneout=0.1)
+    weights += [torch.ones(24), torch.ones(24), torch.ones(6), torch.zeros(6)]
+    with sf.use_backend("native"), pytest.raises(sf.BackendUnavailable, match="no layer norm"):
+        sf.lstm(torch.randn(4, 3, 5), None, weights, layer_norm=True)

@@ -30,10 +30,20 @@ def weights_of(
     option: str | None = None,
     seed: int = 0,
 ) -> list[Tensor]:
-    gates = KINDS[kind][1] * hidden
+    gates, option = KINDS[kind][1] * hidden, option or ""
     generator = torch.Generator().manual_seed(hidden + 1000 * seed)
-    shapes = ((gates, inputs), (gates, hidden), (gates,), (gates,))
-    return [(torch.randn(s, generator=generator, dtype=torch.float64) * hidden**-0.5).to(dtype) for s in shapes]
+    projected = (hidden + 1) // 2 if "projection" in option else hidden
+    shapes: list[tuple[int, ...]] = [(gates, inputs), (gates, projected), (gates,), (gates,)]
+    if "projection" in option:
+        shapes.append((projected, hidden))
+    if "layer_norm" in option:
+        shapes += [(gates,), (gates,), *([(hidden,), (hidden,)] if kind == "lstm" else [])]
+    # The gains and β_c come last; anything but small.
+    scales = [hidden**-0.5] * (5 if "projection" in option else 4) + [1.0] * 4
+    return [
+        (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
+        for shape, scale in zip(shapes, scales, strict=False)
+    ]
 
 
 def run(kind: str, x: Tensor, weights: list[Tensor], **options: Any) -> list[Tensor]:
@@ -81,6 +91,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "always_zoned": {"zoneout": 1.0, "training": True},
     "recurrent_dropout": {"recurrent_dropout": 0.4, "training": True},
     "noise": {"zoneout": 0.2, "recurrent_dropout": 0.3, "training": True},
+    "projection": {},
+    "noise, projection": {"zoneout": 0.2, "recurrent_dropout": 0.3, "training": True},
+    "layer_norm": {"layer_norm": True},
+    "noise, layer_norm": {"zoneout": 0.2, "recurrent_dropout": 0.3, "training": True, "layer_norm": True},
+    "zoneout_mean, projection, layer_norm": {"zoneout": 0.3, "layer_norm": True},
 }
 
 
@@ -208,6 +223,9 @@ def raw(**changes: Any) -> list[Any]:
     return list((values | changes).values())
 
 
+NORM = {"ln_ih": torch.ones(24), "ln_hh": torch.ones(24), "ln_c": torch.ones(6)}
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
@@ -225,7 +243,15 @@ def raw(**changes: Any) -> list[Any]:
         ({"lengths": torch.tensor([1.0, 2.0, 3.0])}, ValueError, "int64 or int32"),
         ({"reset": torch.zeros(4, 3, dtype=torch.bool)}, ValueError, "reset must be bool"),
         ({"x": torch.randn(9, 5), "ids": torch.full((4, 3), 9)}, IndexError, "0…8"),
-        ({"w_hr": torch.randn(6, 6)}, ValueError, "no projection"),
+        ({"w_hr": torch.randn(5, 6)}, ValueError, "w_hr has a shape"),
+        ({"w_hr": torch.randn(6, 5)}, ValueError, "w_hr has a shape"),
+        ({"w_hr": torch.randn(6, 6), "c": torch.zeros(18)}, ValueError, "c must be"),
+        ({"ln_hh": torch.ones(24)}, ValueError, "ln_ih, ln_hh and ln_c go together"),
+        ({**NORM, "ln_c": None}, ValueError, "ln_ih, ln_hh and ln_c go together"),
+        ({**NORM, "ln_ih": torch.ones(6)}, ValueError, "a gain of the gates has a shape"),
+        ({**NORM, "ln_c": torch.ones(24)}, ValueError, "ln_c or its bias has a shape"),
+        ({**NORM, "ln_c_bias": torch.ones(6).double()}, ValueError, "ln_c or its bias has a shape or dtype"),
+        ({"ln_c_bias": torch.ones(6)}, ValueError, "ln_c_bias goes with ln_c"),
         ({"zoneout": 1.1}, ValueError, "must lie in 0…1, got 1.1"),
         ({"recurrent_dropout": -0.1}, ValueError, "must lie in 0…1, got -0.1"),
         ({"zoneout": 0.1, "seed": torch.zeros(2, dtype=torch.long)}, ValueError, "one int64 number"),
@@ -237,8 +263,7 @@ def test_a_direct_call_stays_within_its_arrays(changes: dict[str, Any], error: t
         torch.ops.seqrec_fast_native.lstm(*raw(**changes))
 
 
-def test_what_it_lacks_is_said() -> None:
-    weights = weights_of("lstm", 5, 6)
-    weights += [torch.ones(24), torch.ones(24), torch.ones(6), torch.zeros(6)]
-    with sf.use_backend("native"), pytest.raises(sf.BackendUnavailable, match="no layer norm"):
-        sf.lstm(torch.randn(4, 3, 5), None, weights, layer_norm=True)
+@pytest.mark.parametrize(("kind", "option"), OPTION_CASES)
+def test_no_option_falls_back(kind: str, option: str) -> None:
+    with sf.use_backend("native"):  # would raise
+        run(kind, torch.randn(3, 2, 5), weights_of(kind, 5, 6, option=option), **OPTIONS[option])

@@ -2,7 +2,8 @@
 
 ``python -m benchmarks.bench_recurrent`` prints interleaved ratios, both sides at one and at two threads in every round and each at
 its better setting, and geometric means. ``--ragged`` compares with torch's packed sequences instead: lengths drawn between 1 and
-2·fill·T (fill 0.3), and beside it the share of real tokens, to which our time should be proportional.
+2·fill·T (fill 0.3), and beside it the share of real tokens, to which our time should be proportional. ``--options`` times what
+torch has not (zoneout, recurrent dropout, layer normalisation) and the projection as multiples of our own plain layer instead.
 
 Inference: no gradients. Training: forward, and the gradients of the parameters from that of every output.
 
@@ -38,6 +39,13 @@ PEERS: dict[str, tuple[type[nn.Module], type[nn.Module], int]] = {
     "gru": (sf.GRU, nn.GRU, 3),
 }
 FILL = 0.3
+# Arguments of our modules.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "zoneout": {"zoneout": 0.1},
+    "recurrent dropout": {"recurrent_dropout": 0.2},
+    "projection": {},  # of half the width
+    "layer norm": {"layer_norm": True},
+}
 
 
 @dataclass(frozen=True)
@@ -139,6 +147,38 @@ def measure(cases: list[Case], rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
+def measure_options(cases: list[Case], rounds: int) -> Table:
+    """Time with one option over time without, on one thread: medians of interleaved rounds."""
+    before = torch.get_num_threads()
+    found = Table(title="time of an option ÷ time of the plain layer, one thread", title_justify="left")
+    for name in ("operator", "pass", "shape", "plain ms", *OPTIONS):
+        found.add_column(name)
+    for case in track(cases, "measuring", transient=True):
+        module = PEERS[case.operator][0]
+        x = torch.randn(case.steps, case.rows, case.width, dtype=case.dtype)
+        calls: dict[str, Call] = {}
+        for name, told in {"plain": {}, **OPTIONS}.items():
+            if name == "projection":
+                told = {"proj_size": case.width // 2}
+                if case.operator == "gru":
+                    continue
+            layer = module(case.width, case.width, dtype=case.dtype, **told)
+            output = partial(_output_of, layer, x)
+            calls[name] = _training(tuple(layer.parameters()), output) if case.train else partial(_infer, output)
+        seconds = medians(interleaved({name: on_threads(1, call) for name, call in calls.items()}, rounds=rounds))
+        ratios = (f"{seconds[name] / seconds['plain']:.2f}×" if name in seconds else "—" for name in OPTIONS)
+        shape = f"B={case.rows} T={case.steps} H={case.width}"
+        name = "forward + backward" if case.train else "forward"
+        found.add_row(case.operator, name, shape, f"{1e3 * seconds['plain']:.2f}", *ratios)
+    torch.set_num_threads(before)
+    return found
+
+
+def _output_of(layer: nn.Module, x: Tensor) -> Tensor:
+    output: Tensor = layer(x)[0]
+    return output
+
+
 def table(rows: list[dict[str, Any]]) -> Table:
     found = Table(title=rows[0]["hardware"], title_justify="left")
     for name in ("operator", "pass", "dtype", "shape"):
@@ -176,6 +216,7 @@ def main() -> None:
     parser.add_argument("--widths", type=int, nargs="+", default=[32, 64, 96, 128, 256, 512])
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--ragged", action="store_true")
+    parser.add_argument("--options", action="store_true", help="each option beside the plain layer, instead of torch")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", help="also write the rows to this JSON file")
     options = parser.parse_args()
@@ -187,8 +228,11 @@ def main() -> None:
         for steps in options.steps
         for rows in options.rows
     ]
-    rows = measure(cases, options.rounds)
     console = Console(width=120)
+    if options.options:
+        console.print(measure_options(cases, options.rounds))
+        return
+    rows = measure(cases, options.rounds)
     console.print(table(rows))
     for line in summary(rows):
         console.print(line)

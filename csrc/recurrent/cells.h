@@ -47,11 +47,9 @@ struct LstmGateGradients {
   V dc;             // with respect to the former cell state
 };
 
-// σ' = σ(1 - σ).
+// From the gradients of h = o·t and of c_next. σ' = σ(1 - σ).
 template <class V>
-SEQREC_INLINE LstmGateGradients<V> lstm_cell_backward(const LstmGates<V>& a, V c, V c_next, V grad_h, V grad_c) {
-  const V t = tanh(c_next);
-  const V dc = fma(grad_h * a.o, tanh_slope(t), grad_c);
+SEQREC_INLINE LstmGateGradients<V> lstm_gate_gradients(const LstmGates<V>& a, V c, V t, V grad_h, V dc) {
   return {{
               dc * a.g * (a.i * (1 - a.i)),
               dc * c * (a.f * (1 - a.f)),
@@ -59,6 +57,12 @@ SEQREC_INLINE LstmGateGradients<V> lstm_cell_backward(const LstmGates<V>& a, V c
               grad_h * t * (a.o * (1 - a.o)),
           },
           dc * a.f};
+}
+
+template <class V>
+SEQREC_INLINE LstmGateGradients<V> lstm_cell_backward(const LstmGates<V>& a, V c, V c_next, V grad_h, V grad_c) {
+  const V t = tanh(c_next);
+  return lstm_gate_gradients(a, c, t, grad_h, fma(grad_h * a.o, tanh_slope(t), grad_c));
 }
 
 }  // namespace seqrec_fast::SEQREC_TIER

@@ -1,5 +1,6 @@
 // Registration of the whole-sequence operators for CPU tensors: arguments, tiles of rows, threads, choice of the tier.
 // Types and shapes were explained in Python; they are checked again so that a direct call stays within its arrays.
+#include <cmath>
 #include <cstring>
 #include <memory>
 #include <numeric>
@@ -63,6 +64,8 @@ std::vector<int64_t> integers(const Tensor& tensor) {
   return values;
 }
 
+const Optional kAbsent;
+
 // The arguments of lstm and gru in one place, as arrays that live as long as this.
 struct Arguments {
   const char* operator_name;
@@ -71,33 +74,82 @@ struct Arguments {
   const Tensor* c;  // null for GRU
   const Optional& w_ih;
   const Tensor& w_hh;
-  const Optional &b_ih, &b_hh, &ids, &lengths, &reset;
+  const Optional &b_ih, &b_hh, &w_hr, &ln_ih, &ln_hh, &ln_c, &ln_c_bias, &ids, &lengths, &reset;
   bool batch_first, reverse;
+  const Optional& seed;
+  double zoneout, recurrent_dropout;
+  int64_t stream;
 };
+
+// A draw of 16 bits below this drops; a half rounds to even, as Python's round does.
+int32_t drops_below(double p) { return (int32_t)std::nearbyint(p * 65536); }
+
+SequenceNoise noise_of(const Arguments& a) {
+  for (const double p : {a.zoneout, a.recurrent_dropout})
+    check_value(p >= 0 && p <= 1, a.operator_name, ": zoneout and recurrent_dropout must lie in 0…1, got ", p);
+  SequenceNoise noise{};
+  noise.zoneout = a.zoneout;
+  if (!a.seed) return noise;
+  check_value(a.seed->numel() == 1 && a.seed->scalar_type() == ScalarType::Long, a.operator_name,
+              ": seed must be one int64 number");
+  noise.drawn = true;
+  noise.seed = *(const uint64_t*)a.seed->const_data_ptr();
+  noise.stream = (uint32_t)a.stream;
+  noise.zoneout_below = drops_below(a.zoneout);
+  noise.dropout_below = drops_below(a.recurrent_dropout);
+  noise.kept_factor = a.recurrent_dropout < 1 ? 1 / (1 - a.recurrent_dropout) : 0;
+  return noise;
+}
 
 class Sequence {
  public:
   explicit Sequence(const Arguments& a)
-      : x_(a.x), h_(a.h), w_ih_(a.w_ih), w_hh_(a.w_hh), b_ih_(a.b_ih), b_hh_(a.b_hh), reset_(a.reset) {
+      : x_(a.x),
+        h_(a.h),
+        w_ih_(a.w_ih),
+        w_hh_(a.w_hh),
+        b_ih_(a.b_ih),
+        b_hh_(a.b_hh),
+        w_hr_(a.w_hr),
+        ln_ih_(a.ln_ih),
+        ln_hh_(a.ln_hh),
+        ln_c_(a.ln_c),
+        ln_c_bias_(a.ln_c_bias),
+        reset_(a.reset) {
     if (a.c) c_ = Array(*a.c);
     const Tensor& tokens = a.ids ? *a.ids : a.x;
     const char* const name = a.operator_name;
     check_value(tokens.dim() == (a.ids ? 2 : 3) && a.h.dim() == 2, name, ": x must be [T, B, I] and h [B, H]");
     check_value(!a.ids || a.x.dim() == 2, name, ": with ids x must be a table [N, I]");
+    check_value(!a.c || a.c->dim() == 2, name, ": c must be [B, H]");
     SequenceShape& s = in.shape;
     s = {a.kind,
          scalar_of(a.x),
          tokens.size(a.batch_first ? 1 : 0),
          tokens.size(a.batch_first ? 0 : 1),
          a.x.size(a.x.dim() - 1),
+         a.w_hr && a.c ? a.c->size(1) : a.h.size(1),
          a.h.size(1),
          a.batch_first,
          a.reverse,
-         !a.w_ih};
+         !a.w_ih,
+         a.zoneout > 0,
+         a.seed && a.recurrent_dropout > 0,
+         a.w_hr.has_value(),
+         a.ln_hh.has_value()};
+    in.noise = noise_of(a);
     const int64_t gates = gate_rows(s);
-    expect(name, "h", a.h, {s.rows, s.hidden});
+    expect(name, "h", a.h, {s.rows, s.state});
     if (a.c) expect(name, "c", *a.c, {s.rows, s.hidden});
-    expect(name, "w_hh", a.w_hh, {gates, s.hidden});
+    expect(name, "w_hh", a.w_hh, {gates, s.state});
+    if (a.w_hr) expect(name, "w_hr", *a.w_hr, {s.state, s.hidden});
+    check_value(a.ln_ih.has_value() == s.has_norm && a.ln_c.has_value() == (s.has_norm && a.c), name,
+                a.c ? ": ln_ih, ln_hh and ln_c go together" : ": ln_ih and ln_hh go together");
+    check_value(!a.ln_c_bias || a.ln_c, name, ": ln_c_bias goes with ln_c");
+    for (const Optional* gain : {&a.ln_ih, &a.ln_hh})
+      if (*gain) expect(name, "a gain of the gates", **gain, {gates});
+    for (const Optional* vector : {&a.ln_c, &a.ln_c_bias})
+      if (*vector) expect(name, "ln_c or its bias", **vector, {s.hidden});
     if (a.w_ih) expect(name, "w_ih", *a.w_ih, {gates, s.input});
     check_value(a.w_ih || s.input == gates, name, ": without w_ih x must be ", gates, " wide, got ", s.input);
     for (const Optional* bias : {&a.b_ih, &a.b_hh})
@@ -115,6 +167,11 @@ class Sequence {
     in.w_hh = w_hh_;
     in.b_ih = b_ih_;
     in.b_hh = b_hh_;
+    in.w_hr = w_hr_;
+    in.ln_ih = ln_ih_;
+    in.ln_hh = ln_hh_;
+    in.ln_c = ln_c_;
+    in.ln_c_bias = ln_c_bias_;
     in.reset = (const bool*)(const void*)reset_;
     if (a.ids) set_ids(name, *a.ids, a.x.size(0));
   }
@@ -210,7 +267,7 @@ class Sequence {
     in.ids = ids_.data();
   }
 
-  Array x_, h_, w_ih_, w_hh_, b_ih_, b_hh_, reset_;
+  Array x_, h_, w_ih_, w_hh_, b_ih_, b_hh_, w_hr_, ln_ih_, ln_hh_, ln_c_, ln_c_bias_, reset_;
   Array c_{Optional{}};
   std::vector<int64_t> length_, ids_;
   int64_t tokens_ = 0;
@@ -219,7 +276,7 @@ class Sequence {
 
 Memory packed_weights(const SequenceInputs& in) {
   Memory packed(kernels().packed_bytes(in.shape));
-  const int64_t weights = gate_rows(in.shape) * (in.shape.input + in.shape.hidden);
+  const int64_t weights = gate_rows(in.shape) * (in.shape.input + in.shape.state);
   in_parallel(kernels().pack_blocks(in.shape), 8 * weights,
               [&](int64_t begin, int64_t end) { kernels().pack(in, packed.get(), begin, end); });
   return packed;
@@ -242,9 +299,9 @@ ForwardResults run_forward(const Sequence& sequence, const Tensor& like, bool la
   const SequenceShape& s = sequence.in.shape;
   const bool lstm = s.kind == CellKind::kLstm;
   enum { kNothing, kStates, kGates };
-  ForwardResults found{{}, {}, {}, {}, empty({s.rows, s.hidden}, like)};
+  ForwardResults found{{}, {}, {}, {}, empty({s.rows, s.state}, like)};
   const bool wants_output = !last_only || save != kNothing;
-  found.output = wants_output ? empty({sequence.first(), sequence.second(), s.hidden}, like) : empty({0}, like);
+  found.output = wants_output ? empty({sequence.first(), sequence.second(), s.state}, like) : empty({0}, like);
   if (lstm) {
     found.c_n = empty({s.rows, s.hidden}, like);
     found.cells =
@@ -261,7 +318,7 @@ ForwardResults run_forward(const Sequence& sequence, const Tensor& like, bool la
                              data(lstm, found.c_n),
                              data(lstm && save != kNothing, found.cells),
                              data(save == kGates, found.gates)};
-  if (call.output) sequence.clear_padding(call.output, s.hidden * width(s.scalar));
+  if (call.output) sequence.clear_padding(call.output, s.state * width(s.scalar));
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), s.rows);
   const int64_t tiles = std::min(s.rows, rounded_up((s.rows + kForwardRows - 1) / kForwardRows, threads));
   sequence.for_each_tile(tiles, 1, [&](int64_t, const RowTile* tile) {
@@ -285,11 +342,11 @@ int64_t backward_parts(int64_t rows) {
 }
 
 struct Wanted {
-  bool x, h, c, w_ih, w_hh, b;
+  bool x, h, c, w_ih, w_hh, b, w_hr, ln_ih, ln_hh, ln_c, ln_c_bias;
 };
 
 struct BackwardResults {
-  Tensor dx, dh, dc, dw_ih, dw_hh;
+  Tensor dx, dh, dc, dw_ih, dw_hh, dw_hr, dln_ih, dln_hh, dln_c, dln_c_bias;
   std::vector<Tensor> db;  // of the input's sums and of the hidden state's
 };
 
@@ -308,28 +365,36 @@ void add_to_table(const Sequence& sequence, const S* rows, S* table, int64_t cou
   });
 }
 
-// The partial sums of the gradients of the weights: for each part dw_ih, dw_hh and the gradients of the four sums.
+// The partial sums of the gradients of the weights: for each part what SequencePartial has.
 class Parts {
  public:
   Parts(const SequenceShape& s, const Wanted& wanted)
       : scalar_(s.scalar),
         bytes_(wide_bytes(s.scalar)),
         count_(backward_parts(s.rows)),
-        sizes_{wanted.w_ih ? gate_rows(s) * s.input : 0, wanted.w_hh ? gate_rows(s) * s.hidden : 0,
-               wanted.b ? kSumCount * s.hidden : 0},
+        sizes_{wanted.w_ih ? gate_rows(s) * s.input : 0,
+               wanted.w_hh ? gate_rows(s) * s.state : 0,
+               wanted.b ? kSumCount * s.hidden : 0,
+               wanted.w_hr ? s.state * s.hidden : 0,
+               wanted.ln_ih ? kSumCount * s.hidden : 0,
+               wanted.ln_hh ? kSumCount * s.hidden : 0,
+               wanted.ln_c ? s.hidden : 0,
+               wanted.ln_c_bias ? s.hidden : 0},
         memory_(count_ * total() * bytes_) {}
+
+  enum Which { kInput, kHidden, kSums, kProjection, kInputGain, kHiddenGain, kCellGain, kCellBias, kWhich };
 
   int64_t count() const { return count_; }
   SequencePartial clear(int64_t part) {
-    char* const begin = at(part, 0);
-    std::memset(begin, 0, total() * bytes_);
-    return {sizes_[0] ? begin : nullptr, sizes_[1] ? begin + sizes_[0] * bytes_ : nullptr,
-            sizes_[2] ? begin + (sizes_[0] + sizes_[1]) * bytes_ : nullptr};
+    std::memset(at(part, 0), 0, total() * bytes_);
+    const auto array = [&](Which which) { return sizes_[which] ? at(part, before(which)) : nullptr; };
+    return {array(kInput),     array(kHidden),     array(kSums),     array(kProjection),
+            array(kInputGain), array(kHiddenGain), array(kCellGain), array(kCellBias)};
   }
-  // to[0 …] = the total of array `which` (0: dw_ih, 1: dw_hh, 2: the sums), numbers first … first + size - 1.
-  void total(int which, int64_t first, int64_t size, void* to) const {
+  // to[0 …] = the total of one array, numbers first … first + size - 1.
+  void total(Which which, int64_t first, int64_t size, void* to) const {
     std::vector<const void*> from(count_);
-    const int64_t offset = (which > 0 ? sizes_[0] : 0) + (which > 1 ? sizes_[1] : 0) + first;
+    const int64_t offset = before(which) + first;
     for (int64_t part = 0; part < count_; ++part) from[part] = at(part, offset);
     constexpr int64_t kBlock = 4096;  // numbers
     in_parallel((size + kBlock - 1) / kBlock, size * count_ * 20, [&](int64_t begin, int64_t end) {
@@ -338,12 +403,13 @@ class Parts {
   }
 
  private:
-  int64_t total() const { return sizes_[0] + sizes_[1] + sizes_[2]; }
+  int64_t before(int which) const { return std::accumulate(sizes_.begin(), sizes_.begin() + which, int64_t{0}); }
+  int64_t total() const { return before(kWhich); }
   char* at(int64_t part, int64_t offset) const { return (char*)memory_.get() + (part * total() + offset) * bytes_; }
 
   Scalar scalar_;
   int64_t bytes_, count_;
-  std::array<int64_t, 3> sizes_;
+  std::array<int64_t, kWhich> sizes_;
   Memory memory_;
 };
 
@@ -352,10 +418,10 @@ BackwardResults run_backward(const Sequence& sequence, const Arguments& a, const
   const SequenceShape& s = sequence.in.shape;
   const char* const name = a.operator_name;
   const bool lstm = s.kind == CellKind::kLstm;
-  if (grads[0]) sequence.expect(name, "grad_output", *grads[0], {sequence.first(), sequence.second(), s.hidden});
+  if (grads[0]) sequence.expect(name, "grad_output", *grads[0], {sequence.first(), sequence.second(), s.state});
   for (int i = 1; i < 3; ++i)
-    if (grads[i]) sequence.expect(name, "the gradient of a state", *grads[i], {s.rows, s.hidden});
-  sequence.expect(name, "output", output, {sequence.first(), sequence.second(), s.hidden});
+    if (grads[i]) sequence.expect(name, "the gradient of a state", *grads[i], {s.rows, i == 1 ? s.state : s.hidden});
+  sequence.expect(name, "output", output, {sequence.first(), sequence.second(), s.state});
   if (lstm) sequence.expect(name, "cells", *cells, {s.steps, s.rows, s.hidden}, true);
   const bool saved_gates = gates.dim() == 3;
   if (saved_gates) sequence.expect(name, "gates", gates, {s.steps, s.rows, kSumCount * s.hidden});
@@ -367,17 +433,23 @@ BackwardResults run_backward(const Sequence& sequence, const Arguments& a, const
   BackwardResults found{
       a.ids ? result(wanted.x, {a.x.size(0), s.input})
             : result(wanted.x, {sequence.first(), sequence.second(), s.input}),
-      result(wanted.h, {s.rows, s.hidden}),
+      result(wanted.h, {s.rows, s.state}),
       result(wanted.c, {s.rows, s.hidden}),
       result(wanted.w_ih, {gate_count, s.input}),
-      result(wanted.w_hh, {gate_count, s.hidden}),
+      result(wanted.w_hh, {gate_count, s.state}),
+      result(wanted.w_hr, {s.state, s.hidden}),
+      result(wanted.ln_ih, {gate_count}),
+      result(wanted.ln_hh, {gate_count}),
+      result(wanted.ln_c, {s.hidden}),
+      result(wanted.ln_c_bias, {s.hidden}),
       {result(wanted.b, {gate_count}), result(wanted.b && !lstm, {gate_count})},
   };
   const auto data = [](bool asked, const Tensor& tensor) { return asked ? tensor.mutable_data_ptr() : nullptr; };
 
   const Array grad_output(grads[0]), grad_h_n(grads[1]), grad_c_n(grads[2]), output_array(output), gates_array(gates);
   const Array cells_array = cells ? Array(*cells) : Array(Optional{});
-  const std::optional<Memory> packed = saved_gates ? std::nullopt : std::optional<Memory>(packed_weights(sequence.in));
+  const std::optional<Memory> packed =
+      saved_gates && !s.has_norm ? std::nullopt : std::optional<Memory>(packed_weights(sequence.in));
   // A table's gradient is summed before it is rounded.
   const int64_t wide = wide_bytes(s.scalar), token_count = s.steps * s.rows;
   const std::optional<Memory> token_rows =
@@ -405,14 +477,25 @@ BackwardResults run_backward(const Sequence& sequence, const Arguments& a, const
     for (int64_t i = 0; i < tiles_of_a_part; ++i) kernels().backward(call, tiles[i], partial, scratch.get());
   });
 
-  if (wanted.w_ih) parts.total(0, 0, gate_count * s.input, found.dw_ih.mutable_data_ptr());
-  if (wanted.w_hh) parts.total(1, 0, gate_count * s.hidden, found.dw_hh.mutable_data_ptr());
-  if (wanted.b) parts.total(2, 0, gate_count, found.db[0].mutable_data_ptr());
-  if (wanted.b && !lstm) {
-    char* const db_hh = (char*)found.db[1].mutable_data_ptr();
-    parts.total(2, 0, 2 * s.hidden, db_hh);
-    parts.total(2, 3 * s.hidden, s.hidden, db_hh + 2 * s.hidden * width(s.scalar));
-  }
+  if (wanted.w_ih) parts.total(Parts::kInput, 0, gate_count * s.input, found.dw_ih.mutable_data_ptr());
+  if (wanted.w_hh) parts.total(Parts::kHidden, 0, gate_count * s.state, found.dw_hh.mutable_data_ptr());
+  if (wanted.w_hr) parts.total(Parts::kProjection, 0, s.state * s.hidden, found.dw_hr.mutable_data_ptr());
+  const auto of_input = [&](Parts::Which which, const Tensor& to) {
+    parts.total(which, 0, gate_count, to.mutable_data_ptr());
+  };
+  // A GRU's fourth sum is what W_hh makes of n.
+  const auto of_hidden = [&](Parts::Which which, const Tensor& to) {
+    if (lstm) return of_input(which, to);
+    char* const data = (char*)to.mutable_data_ptr();
+    parts.total(which, 0, 2 * s.hidden, data);
+    parts.total(which, 3 * s.hidden, s.hidden, data + 2 * s.hidden * width(s.scalar));
+  };
+  if (wanted.b) of_input(Parts::kSums, found.db[0]);
+  if (wanted.b && !lstm) of_hidden(Parts::kSums, found.db[1]);
+  if (wanted.ln_ih) of_input(Parts::kInputGain, found.dln_ih);
+  if (wanted.ln_hh) of_hidden(Parts::kHiddenGain, found.dln_hh);
+  if (wanted.ln_c) parts.total(Parts::kCellGain, 0, s.hidden, found.dln_c.mutable_data_ptr());
+  if (wanted.ln_c_bias) parts.total(Parts::kCellBias, 0, s.hidden, found.dln_c_bias.mutable_data_ptr());
   if (token_rows) {
     const int64_t numbers = a.x.size(0) * s.input;
     const Memory table(numbers * wide);
@@ -430,22 +513,24 @@ BackwardResults run_backward(const Sequence& sequence, const Arguments& a, const
 // ---- the operators
 // ------------------------------------------------------------------------------------------------------
 
-// Options of the schema that only the reference has: _dispatch.py does not send them here.
-void refuse(const char* name, std::initializer_list<const Optional*> tensors, double zoneout, double dropout) {
-  for (const Optional* tensor : tensors)
-    check_value(!*tensor, name, ": the native CPU kernel has no projection and no layer normalisation");
-  check_value(zoneout == 0 && dropout == 0, name, ": the native CPU kernel has no zoneout and no recurrent dropout");
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm(
     const Tensor& x, const Tensor& h, const Tensor& c, const Optional& w_ih, const Tensor& w_hh, const Optional& b_ih,
     const Optional& b_hh, const Optional& w_hr, const Optional& ln_ih, const Optional& ln_hh, const Optional& ln_c,
     const Optional& ln_c_bias, const Optional& ids, const Optional& lengths, const Optional& reset,
-    const Optional& /*seed*/, bool batch_first, bool reverse, bool last_only, int64_t save, double zoneout,
-    double recurrent_dropout, int64_t /*stream*/, int64_t /*precision*/) {
-  refuse("lstm", {&w_hr, &ln_ih, &ln_hh, &ln_c, &ln_c_bias}, zoneout, recurrent_dropout);
-  const Sequence sequence(
-      {"lstm", CellKind::kLstm, x, h, &c, w_ih, w_hh, b_ih, b_hh, ids, lengths, reset, batch_first, reverse});
+    const Optional& seed, bool batch_first, bool reverse, bool last_only, int64_t save, double zoneout,
+    double recurrent_dropout, int64_t stream, int64_t /*precision*/) {
+  const Sequence sequence({"lstm",  CellKind::kLstm,
+                           x,       h,
+                           &c,      w_ih,
+                           w_hh,    b_ih,
+                           b_hh,    w_hr,
+                           ln_ih,   ln_hh,
+                           ln_c,    ln_c_bias,
+                           ids,     lengths,
+                           reset,   batch_first,
+                           reverse, seed,
+                           zoneout, recurrent_dropout,
+                           stream});
   ForwardResults found = run_forward(sequence, x, last_only, save);
   return {std::move(*found.output), std::move(found.h_n), std::move(*found.c_n), std::move(*found.cells),
           std::move(*found.gates)};
@@ -454,12 +539,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm(
 std::tuple<Tensor, Tensor, Tensor> gru(const Tensor& x, const Tensor& h, const Optional& w_ih, const Tensor& w_hh,
                                        const Optional& b_ih, const Optional& b_hh, const Optional& ln_ih,
                                        const Optional& ln_hh, const Optional& ids, const Optional& lengths,
-                                       const Optional& reset, const Optional& /*seed*/, bool batch_first, bool reverse,
+                                       const Optional& reset, const Optional& seed, bool batch_first, bool reverse,
                                        bool last_only, int64_t save, double zoneout, double recurrent_dropout,
-                                       int64_t /*stream*/, int64_t /*precision*/) {
-  refuse("gru", {&ln_ih, &ln_hh}, zoneout, recurrent_dropout);
+                                       int64_t stream, int64_t /*precision*/) {
   const Sequence sequence(
-      {"gru", CellKind::kGru, x, h, nullptr, w_ih, w_hh, b_ih, b_hh, ids, lengths, reset, batch_first, reverse});
+      {"gru", CellKind::kGru, x,       h,   nullptr, w_ih,  w_hh,        b_ih,    b_hh, kAbsent, ln_ih,
+       ln_hh, kAbsent,        kAbsent, ids, lengths, reset, batch_first, reverse, seed, zoneout, recurrent_dropout,
+       stream});
   ForwardResults found = run_forward(sequence, x, last_only, save);
   return {std::move(*found.output), std::move(found.h_n), std::move(*found.gates)};
 }
@@ -471,45 +557,57 @@ ElevenTensors lstm_backward(const Optional& grad_output, const Optional& grad_h_
                             const Tensor& x, const Tensor& h, const Tensor& c, const Optional& w_ih, const Tensor& w_hh,
                             const Optional& b_ih, const Optional& b_hh, const Optional& w_hr, const Optional& ln_ih,
                             const Optional& ln_hh, const Optional& ln_c, const Optional& ln_c_bias, const Optional& ids,
-                            const Optional& lengths, const Optional& reset, const Optional& /*seed*/, bool batch_first,
+                            const Optional& lengths, const Optional& reset, const Optional& seed, bool batch_first,
                             bool reverse, bool /*last_only*/, int64_t /*save*/, double zoneout,
-                            double recurrent_dropout, int64_t /*stream*/, int64_t /*precision*/, const Tensor& output,
+                            double recurrent_dropout, int64_t stream, int64_t /*precision*/, const Tensor& output,
                             const Tensor& cells, const Tensor& gates, const std::vector<bool>& output_mask) {
-  refuse("lstm_backward", {&w_hr, &ln_ih, &ln_hh, &ln_c, &ln_c_bias}, zoneout, recurrent_dropout);
   check_value(output_mask.size() == 11, "lstm_backward: output_mask must have 11 entries, got ", output_mask.size());
-  const Arguments arguments{"lstm", CellKind::kLstm, x,     h,           &c,     w_ih, w_hh, b_ih, b_hh,
-                            ids,    lengths,         reset, batch_first, reverse};
+  const Arguments arguments{"lstm",  CellKind::kLstm,
+                            x,       h,
+                            &c,      w_ih,
+                            w_hh,    b_ih,
+                            b_hh,    w_hr,
+                            ln_ih,   ln_hh,
+                            ln_c,    ln_c_bias,
+                            ids,     lengths,
+                            reset,   batch_first,
+                            reverse, seed,
+                            zoneout, recurrent_dropout,
+                            stream};
   const Sequence sequence(arguments);
   const auto& m = output_mask;
   BackwardResults found = run_backward(sequence, arguments, {grad_output, grad_h_n, grad_c_n}, output, &cells, gates,
-                                       {m[0], m[1], m[2], m[3] && w_ih, m[4], m[5]});
-  return {std::move(found.dx),    std::move(found.dh),    std::move(found.dc), std::move(found.dw_ih),
-          std::move(found.dw_hh), std::move(found.db[0]), empty({0}, x),       empty({0}, x),
-          empty({0}, x),          empty({0}, x),          empty({0}, x)};
+                                       {m[0], m[1], m[2], m[3] && w_ih, m[4], m[5], m[6] && w_hr, m[7] && ln_ih,
+                                        m[8] && ln_hh, m[9] && ln_c, m[10] && ln_c_bias});
+  return {std::move(found.dx),     std::move(found.dh),    std::move(found.dc),        std::move(found.dw_ih),
+          std::move(found.dw_hh),  std::move(found.db[0]), std::move(found.dw_hr),     std::move(found.dln_ih),
+          std::move(found.dln_hh), std::move(found.dln_c), std::move(found.dln_c_bias)};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gru_backward(
     const Optional& grad_output, const Optional& grad_h_n, const Tensor& x, const Tensor& h, const Optional& w_ih,
     const Tensor& w_hh, const Optional& b_ih, const Optional& b_hh, const Optional& ln_ih, const Optional& ln_hh,
-    const Optional& ids, const Optional& lengths, const Optional& reset, const Optional& /*seed*/, bool batch_first,
-    bool reverse, bool /*last_only*/, int64_t /*save*/, double zoneout, double recurrent_dropout, int64_t /*stream*/,
+    const Optional& ids, const Optional& lengths, const Optional& reset, const Optional& seed, bool batch_first,
+    bool reverse, bool /*last_only*/, int64_t /*save*/, double zoneout, double recurrent_dropout, int64_t stream,
     int64_t /*precision*/, const Tensor& output, const Tensor& gates, const std::vector<bool>& output_mask) {
-  refuse("gru_backward", {&ln_ih, &ln_hh}, zoneout, recurrent_dropout);
   check_value(output_mask.size() == 8, "gru_backward: output_mask must have 8 entries, got ", output_mask.size());
-  const Arguments arguments{"gru", CellKind::kGru, x,   h,       nullptr, w_ih,        w_hh,
-                            b_ih,  b_hh,           ids, lengths, reset,   batch_first, reverse};
+  const Arguments arguments{
+      "gru", CellKind::kGru, x,       h,   nullptr, w_ih,  w_hh,        b_ih,    b_hh, kAbsent, ln_ih,
+      ln_hh, kAbsent,        kAbsent, ids, lengths, reset, batch_first, reverse, seed, zoneout, recurrent_dropout,
+      stream};
   const Sequence sequence(arguments);
   const auto& m = output_mask;
-  BackwardResults found = run_backward(sequence, arguments, {grad_output, grad_h_n, {}}, output, nullptr, gates,
-                                       {m[0], m[1], false, m[2] && w_ih, m[3], m[4] || m[5]});
+  BackwardResults found = run_backward(
+      sequence, arguments, {grad_output, grad_h_n, {}}, output, nullptr, gates,
+      {m[0], m[1], false, m[2] && w_ih, m[3], m[4] || m[5], false, m[6] && ln_ih, m[7] && ln_hh, false, false});
   return {std::move(found.dx),
           std::move(found.dh),
           std::move(found.dw_ih),
           std::move(found.dw_hh),
           m[4] ? std::move(found.db[0]) : empty({0}, x),
           m[5] ? std::move(found.db[1]) : empty({0}, x),
-          empty({0}, x),
-          empty({0}, x)};
+          std::move(found.dln_ih),
+          std::move(found.dln_hh)};
 }
 
 }  // namespace

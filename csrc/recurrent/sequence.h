@@ -16,10 +16,16 @@ constexpr int64_t kSumCount = 4;
 struct SequenceShape {
   CellKind kind;
   Scalar scalar;
-  int64_t steps, rows, input, hidden;  // T, B, I, H
+  int64_t steps, rows, input, hidden, state;  // T, B, I, H, P: the width of h
   bool batch_first, reverse;
-  bool projected;  // x is W_ih·x already: I = gates·H, and there is no W_ih
+  bool projected;                                       // x is W_ih·x already: I = gates·H, and there is no W_ih
+  bool zoneout, recurrent_dropout, has_w_hr, has_norm;  // without W_hr P = H
 };
+
+// Some option is on: what the plain step does not know of.
+static inline bool has_options(const SequenceShape& s) {
+  return s.zoneout || s.recurrent_dropout || s.has_w_hr || s.has_norm;
+}
 
 static inline int64_t gate_rows(const SequenceShape& s) { return gate_count(s.kind) * s.hidden; }
 // Index of a token in x, ids, output and their gradients; the saved states are time-major.
@@ -28,13 +34,28 @@ static inline int64_t token_index(const SequenceShape& s, int64_t step, int64_t 
 }
 static inline int64_t saved_index(const SequenceShape& s, int64_t step, int64_t row) { return step * s.rows + row; }
 
+// Numbers within a stream of masks, as in seqrec_fast/backends/reference/_philox.py.
+enum class MaskKind : int { kHiddenZoneout, kCellZoneout, kRecurrentDropout };
+
+struct SequenceNoise {
+  bool drawn;  // there is a seed; otherwise zoneout takes its mean, and nothing drops
+  uint64_t seed;
+  uint32_t stream;                       // of the layer and direction
+  double zoneout;                        // chance that a unit keeps its former state
+  int32_t zoneout_below, dropout_below;  // a draw of 16 bits below these drops
+  double kept_factor;                    // on what recurrent dropout leaves of h
+};
+
 struct SequenceInputs {
   SequenceShape shape;
   const void* x;                          // [T·B, I], or with ids a table [N, I]
   const int64_t* ids;                     // [T·B] or null
-  const void *h, *c;                      // [B, H]; c null for GRU
-  const void *w_ih, *w_hh, *b_ih, *b_hh;  // [gates·H, I], [gates·H, H], [gates·H]; null where there is none
+  const void *h, *c;                      // [B, P], [B, H]; c null for GRU
+  const void *w_ih, *w_hh, *b_ih, *b_hh;  // [gates·H, I], [gates·H, P], [gates·H]; null where there is none
   const bool* reset;                      // [B, T] or null
+  SequenceNoise noise;
+  const void* w_hr;                              // [P, H] or null
+  const void *ln_ih, *ln_hh, *ln_c, *ln_c_bias;  // [gates·H] twice, [H] twice; ln_c for LSTM alone
 };
 
 // Some rows of the batch, those of greater length first. A thread takes one through all steps by itself.
@@ -46,7 +67,7 @@ struct RowTile {
 struct SequenceForward {
   SequenceInputs in;
   const void* packed;        // what pack_sequence made of the weights
-  void *output, *h_n, *c_n;  // [T·B, H] or null, [B, H], [B, H]
+  void *output, *h_n, *c_n;  // [T·B, P] or null, [B, P], [B, H]
   void *cells, *gates;       // S [T·B, H], [T·B, 4H]; null where nothing is saved
 };
 
@@ -57,20 +78,23 @@ struct SequenceBackward {
   const void *grad_output, *grad_h_n, *grad_c_n;  // each may be null
   void* dx;                                       // [T·B, I] or null: one vector a token, also with ids
   bool wide_dx;                                   // dx is of S
-  void *dh, *dc;                                  // [B, H] or null
+  void *dh, *dc;                                  // [B, P], [B, H] or null
 };
 
 // One tile's part of the gradients that sum over rows, in S; null where not wanted.
 struct SequencePartial {
-  void *dw_ih, *dw_hh;  // [gates·H, I], [gates·H, H]
-  void* db;             // [4·H], by sums
+  void *dw_ih, *dw_hh;       // [gates·H, I], [gates·H, P]
+  void* db;                  // [4·H], by sums
+  void* dw_hr;               // [P, H]
+  void *dln_ih, *dln_hh;     // [4·H], by sums
+  void *dln_c, *dln_c_bias;  // [H]
 };
 
 // Tokens whose gradients are kept before they go into the products over tokens. Few, so that they stay in L2 beside the
 // weights; but where the gradients of the weights outgrow L2 as well, they are read and written from beyond for every
 // chunk: at 128 tokens and H = 256 that takes a third of the time of the products.
 static inline int64_t chunk_tokens(const SequenceShape& s) {
-  return gate_rows(s) * (s.input + s.hidden) > (1 << 18) ? 512 : 128;
+  return gate_rows(s) * (s.input + s.state) > (1 << 18) ? 512 : 128;
 }
 
 struct SequenceKernels {

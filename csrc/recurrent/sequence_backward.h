@@ -18,25 +18,64 @@ class BackwardScratch : public Layout {
   };
   int64_t capacity;  // tokens
   int64_t sums_stride;
-  S *dh, *dc;            // [count, H]
+  S *dh, *dc;            // [count, P], [count, H]
   S* gates;              // [count, 4H] of one step, where they are made again
   S *sums, *x, *h, *dx;  // [capacity, …]: gradients of the sums, input vectors, former states, gradients of the inputs
+  S* operand;            // [capacity, P]: h as W_hh sees it
+  // With options: gradients of h as the cell makes it [capacity, P], of what W_hr makes that from [count, H] and it
+  // itself [capacity, H], of W_hh's operand [count, P]; see dropout_factors; [count, drop_width(P or H)].
+  S *fresh_dh, *past_w_hr, *unprojected, *past_w_hh, *factors;
+  uint8_t *drops_of_h, *drops_of_c;
   CellRow<T>* rows;
   Token* token;
+  // Gradients of W_ih·x and of W_hh·h [capacity, as sums]: normalised, their own; else those of the sums.
+  S *input_sums, *hidden_sums;
+  // Normalised: the gradients of the sums times what was normalised [capacity, as sums]; that of y, and it times what
+  // was normalised [capacity, H].
+  S *input_gain, *hidden_gain, *dy, *cell_gain;
+  CellRow<T>* single_rows;         // [count]: with the operand of one weight alone
+  S *zeros, *u, *v;                // [4·width], [count, 4·width] twice: W_ih·x and W_hh·h, normalised
+  S *rstd_of_u, *rstd_of_v;        // [count]
+  S *norm_grad, *unit_c, *tanh_y;  // of one row: [4·width], [width] twice
 
   BackwardScratch(const SequenceShape& s, int64_t count, void* memory)
       : Layout(memory),
         capacity(chunk_tokens(s) > count ? chunk_tokens(s) : count),
         sums_stride(gradient_stride(s.hidden)) {
-    dh = take<S>(count * s.hidden);
+    dh = take<S>(count * s.state);
     dc = take<S>(count * s.hidden);
     gates = take<S>(count * kSumCount * s.hidden);
     sums = take<S>(capacity * sums_stride);
     x = take<S>(s.projected ? 0 : capacity * s.input);
-    h = take<S>(capacity * s.hidden);
+    h = take<S>(capacity * s.state);
     dx = take<S>(s.projected ? 0 : capacity * s.input);
     rows = take<CellRow<T>>(count);
     token = take<Token>(capacity);
+    operand = s.recurrent_dropout ? take<S>(capacity * s.state) : h;
+    fresh_dh = take<S>(has_options(s) ? capacity * s.state : 0);
+    past_w_hr = take<S>(s.has_w_hr ? count * s.hidden : 0);
+    unprojected = take<S>(s.has_w_hr ? capacity * s.hidden : 0);
+    past_w_hh = take<S>(has_options(s) ? count * s.state : 0);
+    factors = take<S>(s.recurrent_dropout ? count * drop_width(s.state) : 0);
+    drops_of_h = take<uint8_t>(has_options(s) ? count * drop_width(s.state) : 0);
+    drops_of_c = take<uint8_t>(s.zoneout ? count * drop_width(s.hidden) : 0);
+    input_sums = s.has_norm ? take<S>(capacity * sums_stride) : sums;
+    hidden_sums = s.has_norm ? take<S>(capacity * sums_stride) : sums;
+    if (!s.has_norm) return;
+    const int64_t width = PackedWeights<T>(s).blocks() * Compute<T>::kWidth;
+    input_gain = take<S>(capacity * sums_stride);
+    hidden_gain = take<S>(capacity * sums_stride);
+    dy = take<S>(capacity * s.hidden);
+    cell_gain = take<S>(capacity * s.hidden);
+    single_rows = take<CellRow<T>>(count);
+    zeros = take<S>(kSumCount * width);
+    u = take<S>(count * kSumCount * width);
+    v = take<S>(count * kSumCount * width);
+    rstd_of_u = take<S>(count);
+    rstd_of_v = take<S>(count);
+    norm_grad = take<S>(kSumCount * width);
+    unit_c = take<S>(width);
+    tanh_y = take<S>(width);
   }
 };
 
@@ -68,19 +107,19 @@ struct SequenceGradient {
 
   // The vectors that the step of `count` rows read, as tokens kept … kept + count - 1.
   void gather(int64_t count, int64_t step) {
-    const int64_t hidden = shape.hidden;
+    const int64_t state = shape.state;
     for (int64_t p = 0; p < count; ++p) {
       const int64_t at = kept + p, row = tile.row[p], before = step_before(p, step);
       scratch.token[at] = {step, p};
       if (!shape.projected)
         widen(input_vector<T>(in, token_index(shape, step, row)), shape.input, scratch.x + at * shape.input);
-      S* h = scratch.h + at * hidden;
+      S* h = scratch.h + at * state;
       if (segment_begins(in, tile, p, step)) {
-        for (int64_t i = 0; i < hidden; ++i) h[i] = 0;
+        for (int64_t i = 0; i < state; ++i) h[i] = 0;
       } else {
-        widen(before < 0 ? (const T*)in.h + row * hidden
-                         : (const T*)call.output + token_index(shape, before, row) * hidden,
-              hidden, h);
+        widen(
+            before < 0 ? (const T*)in.h + row * state : (const T*)call.output + token_index(shape, before, row) * state,
+            state, h);
       }
     }
   }
@@ -91,7 +130,7 @@ struct SequenceGradient {
       const int64_t at = kept + p;
       scratch.rows[p] = {shape.projected ? nullptr : scratch.x + at * shape.input,
                          shape.projected ? input_vector<T>(in, token_index(shape, step, tile.row[p])) : nullptr,
-                         nullptr, scratch.h + at * hidden};
+                         nullptr, scratch.operand + at * shape.state};
     }
     all_sums<T, Cell>(scratch.rows, count, PackedWeights<T>(shape), call.packed,
                       [&](int64_t p, int64_t unit, const Vector<T>(&sums)[kSumCount]) __attribute__((always_inline)) {
@@ -102,11 +141,18 @@ struct SequenceGradient {
                       });
   }
 
+  // The cell state that the step of row p started from, of some units.
+  __attribute__((always_inline)) Vector<T> former_cell(int64_t p, int64_t step, int64_t unit, int units) const {
+    const int64_t hidden = shape.hidden, row = tile.row[p], before = step_before(p, step);
+    if (segment_begins(in, tile, p, step)) return Vector<T>{};
+    return before < 0 ? load_first((const T*)in.c + row * hidden + unit, units)
+                      : load_first((const S*)call.cells + saved_index(shape, before, row) * hidden + unit, units);
+  }
+
   // From dh and dc after the step of row p to those before it (dh without what comes through W_hh) and the sums' own.
   template <class G>
   void pointwise(int64_t p, int64_t step, const G* gates) {
-    const int64_t hidden = shape.hidden, row = tile.row[p], at = kept + p, before = step_before(p, step);
-    const bool begins = segment_begins(in, tile, p, step);
+    const int64_t hidden = shape.hidden, row = tile.row[p], at = kept + p;
     const T* grad_output =
         call.grad_output ? (const T*)call.grad_output + token_index(shape, step, row) * hidden : nullptr;
     S *dh = scratch.dh + p * hidden, *dc = scratch.dc + p * hidden, *sums = scratch.sums + at * scratch.sums_stride;
@@ -117,12 +163,9 @@ struct SequenceGradient {
       Vector<T> c{}, c_next{}, grad_c{}, grad_h = load_first(dh + unit, units);
       if (grad_output) grad_h = grad_h + load_first(grad_output + unit, units);
       if constexpr (Cell::kHasCellState) {
-        const S* cells = (const S*)call.cells + unit;
-        c_next = load_first(cells + saved_index(shape, step, row) * hidden, units);
+        c_next = load_first((const S*)call.cells + saved_index(shape, step, row) * hidden + unit, units);
         grad_c = load_first(dc + unit, units);
-        if (!begins)
-          c = before < 0 ? load_first((const T*)in.c + row * hidden + unit, units)
-                         : load_first(cells + saved_index(shape, before, row) * hidden, units);
+        c = former_cell(p, step, unit, units);
       }
       const auto found =
           Cell::backward(saved, load_first(scratch.h + at * hidden + unit, units), c, c_next, grad_h, grad_c);
@@ -132,7 +175,36 @@ struct SequenceGradient {
     }
   }
 
-  void back(int64_t count, int64_t step) {
+  // to = the gradient of W_hh's operand, or what is there and it.
+  void past_hidden_weights(int64_t count, S* to, bool accumulate) {
+    const int64_t hidden = shape.hidden;
+    for (int i = 0; i < Cell::kHiddenRanges; ++i) {
+      const GateRange& range = Cell::kHidden[i];
+      const Product<T, S> product{scratch.hidden_sums + kept * scratch.sums_stride + range.sum * hidden,
+                                  scratch.sums_stride,
+                                  1,
+                                  (const T*)in.w_hh + range.row * hidden * shape.state,
+                                  to,
+                                  count,
+                                  shape.state,
+                                  range.count * hidden,
+                                  accumulate || i > 0};
+      product_part(product, 0, 1, 1);
+    }
+  }
+
+  // Nothing passes the begin of a segment.
+  void end_step(int64_t count, int64_t step) {
+    const int64_t hidden = shape.hidden, state = shape.state;
+    for (int64_t p = 0; p < count; ++p) {
+      if (!segment_begins(in, tile, p, step)) continue;
+      for (int64_t i = p * state; i < (p + 1) * state; ++i) scratch.dh[i] = 0;
+      for (int64_t i = p * hidden; i < (p + 1) * hidden; ++i) scratch.dc[i] = 0;
+    }
+    kept += count;
+  }
+
+  virtual void back(int64_t count, int64_t step) {
     const int64_t hidden = shape.hidden;
     if (kept + count > scratch.capacity) flush();
     gather(count, step);
@@ -143,37 +215,22 @@ struct SequenceGradient {
       else
         pointwise(p, step, (const S*)scratch.gates + p * kSumCount * hidden);
     }
-    for (int i = 0; i < Cell::kHiddenRanges; ++i) {
-      const GateRange& range = Cell::kHidden[i];
-      const Product<T, S> product{scratch.sums + kept * scratch.sums_stride + range.sum * hidden,
-                                  scratch.sums_stride,
-                                  1,
-                                  (const T*)in.w_hh + range.row * hidden * hidden,
-                                  scratch.dh,
-                                  count,
-                                  hidden,
-                                  range.count * hidden,
-                                  !Cell::kHasCellState || i > 0};
-      product_part(product, 0, 1, 1);
-    }
-    for (int64_t p = 0; p < count; ++p)
-      if (segment_begins(in, tile, p, step))
-        for (int64_t i = p * hidden; i < (p + 1) * hidden; ++i) scratch.dh[i] = scratch.dc[i] = 0;
-    kept += count;
+    past_hidden_weights(count, scratch.dh, !Cell::kHasCellState);
+    end_step(count, step);
   }
 
   // The products over the chunk's tokens.
   void flush() {
     if (kept == 0) return;
-    const int64_t hidden = shape.hidden, input = shape.input, gates = gate_rows(shape);
+    const int64_t hidden = shape.hidden, state = shape.state, input = shape.input, gates = gate_rows(shape);
     if (call.dx) {
       if (!shape.projected)
-        product_part(
-            Product<T, S>{scratch.sums, scratch.sums_stride, 1, (const T*)in.w_ih, scratch.dx, kept, input, gates}, 0,
-            1, 1);
+        product_part(Product<T, S>{scratch.input_sums, scratch.sums_stride, 1, (const T*)in.w_ih, scratch.dx, kept,
+                                   input, gates},
+                     0, 1, 1);
       for (int64_t at = 0; at < kept; ++at) {
         const auto [step, place] = scratch.token[at];
-        const S* from = shape.projected ? scratch.sums + at * scratch.sums_stride : scratch.dx + at * input;
+        const S* from = shape.projected ? scratch.input_sums + at * scratch.sums_stride : scratch.dx + at * input;
         const int64_t to = token_index(shape, step, tile.row[place]) * input;
         if (call.wide_dx)
           narrow(from, input, (S*)call.dx + to);
@@ -182,31 +239,43 @@ struct SequenceGradient {
       }
     }
     if (partial.dw_ih)
-      product_part(
-          Product<S>{scratch.sums, 1, scratch.sums_stride, scratch.x, (S*)partial.dw_ih, gates, input, kept, true}, 0,
-          1, 1);
+      product_part(Product<S>{scratch.input_sums, 1, scratch.sums_stride, scratch.x, (S*)partial.dw_ih, gates, input,
+                              kept, true},
+                   0, 1, 1);
     if (partial.dw_hh)
       for (const GateRange& range : Cell::kHidden)
         product_part(
-            Product<S>{scratch.sums + range.sum * hidden, 1, scratch.sums_stride, scratch.h,
-                       (S*)partial.dw_hh + range.row * hidden * hidden, range.count * hidden, hidden, kept, true},
+            Product<S>{scratch.hidden_sums + range.sum * hidden, 1, scratch.sums_stride, scratch.operand,
+                       (S*)partial.dw_hh + range.row * hidden * state, range.count * hidden, state, kept, true},
             0, 1, 1);
-    if (partial.db)
-      for (int64_t i = 0; i < kSumCount * hidden; i += kWidth) {
-        const int lanes = kSumCount * hidden - i < kWidth ? (int)(kSumCount * hidden - i) : kWidth;
-        S* out = (S*)partial.db + i;
-        store_first(
-            out, lanes,
-            load_first(out, lanes) + sum_rows<true, Vector<T>>(scratch.sums + i, scratch.sums_stride, kept, lanes));
-      }
+    if (partial.dw_hr)
+      product_part(
+          Product<S>{scratch.fresh_dh, 1, state, scratch.unprojected, (S*)partial.dw_hr, state, hidden, kept, true}, 0,
+          1, 1);
+    sum_tokens(partial.db, scratch.sums, scratch.sums_stride, kSumCount * hidden);
+    sum_tokens(partial.dln_ih, scratch.input_gain, scratch.sums_stride, kSumCount * hidden);
+    sum_tokens(partial.dln_hh, scratch.hidden_gain, scratch.sums_stride, kSumCount * hidden);
+    sum_tokens(partial.dln_c, scratch.cell_gain, hidden, hidden);
+    sum_tokens(partial.dln_c_bias, scratch.dy, hidden, hidden);
     kept = 0;
   }
 
+  // to += the rows of the chunk's tokens.
+  void sum_tokens(void* to, const S* from, int64_t stride, int64_t width) const {
+    if (to == nullptr) return;
+    for (int64_t i = 0; i < width; i += kWidth) {
+      const int lanes = width - i < kWidth ? (int)(width - i) : kWidth;
+      S* const out = (S*)to + i;
+      store_first(out, lanes, load_first(out, lanes) + sum_rows<true, Vector<T>>(from + i, stride, kept, lanes));
+    }
+  }
+
   void run() {
-    const int64_t hidden = shape.hidden;
-    for (int64_t i = 0; i < tile.count * hidden; ++i) scratch.dh[i] = scratch.dc[i] = 0;
+    const int64_t hidden = shape.hidden, state = shape.state;
+    for (int64_t i = 0; i < tile.count * state; ++i) scratch.dh[i] = 0;
+    for (int64_t i = 0; i < tile.count * hidden; ++i) scratch.dc[i] = 0;
     for (int64_t p = 0; p < tile.count; ++p) {
-      if (call.grad_h_n) widen((const T*)call.grad_h_n + tile.row[p] * hidden, hidden, scratch.dh + p * hidden);
+      if (call.grad_h_n) widen((const T*)call.grad_h_n + tile.row[p] * state, state, scratch.dh + p * state);
       if (call.grad_c_n) widen((const T*)call.grad_c_n + tile.row[p] * hidden, hidden, scratch.dc + p * hidden);
     }
     int64_t count = 0;
@@ -217,7 +286,7 @@ struct SequenceGradient {
     }
     flush();
     for (int64_t p = 0; p < tile.count; ++p) {
-      if (call.dh) narrow(scratch.dh + p * hidden, hidden, (T*)call.dh + tile.row[p] * hidden);
+      if (call.dh) narrow(scratch.dh + p * state, state, (T*)call.dh + tile.row[p] * state);
       if (call.dc) narrow(scratch.dc + p * hidden, hidden, (T*)call.dc + tile.row[p] * hidden);
     }
   }
@@ -234,12 +303,6 @@ void add_parts(const void* const* parts, int64_t count, void* out, int64_t begin
     for (int64_t p = 1; p < count; ++p) sum = sum + load_first((const S*)parts[p] + i, lanes);
     store_first((T*)out + i, lanes, sum);
   }
-}
-
-template <class T, class Cell>
-void sequence_backward(const SequenceBackward& call, const RowTile& tile, const SequencePartial& partial,
-                       void* memory) {
-  SequenceGradient<T, Cell>(call, tile, partial, memory).run();
 }
 
 }  // namespace seqrec_fast::SEQREC_TIER

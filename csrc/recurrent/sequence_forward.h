@@ -12,6 +12,7 @@
 #include "common/lanes.h"
 #include "common/scratch.h"
 #include "sequence_cells.h"
+#include "sequence_masks.h"
 
 namespace seqrec_fast::SEQREC_TIER {
 
@@ -23,13 +24,16 @@ template <class T>
 struct PackedWeights {
   static constexpr int kWidth = Compute<T>::kWidth;
   using S = typename Compute<T>::Scalar;
-  int64_t input, hidden, gates;
+  int64_t input, hidden, state, gates;
 
   explicit PackedWeights(const SequenceShape& s)
-      : input(s.projected ? 0 : s.input), hidden(s.hidden), gates(gate_count(s.kind)) {}
+      : input(s.projected ? 0 : s.input), hidden(s.hidden), state(s.state), gates(gate_count(s.kind)) {}
   int64_t blocks() const { return (hidden + kWidth - 1) / kWidth; }
   int64_t hidden_part() const { return kWidth * (kSumCount + gates * input); }  // from a block's begin
-  int64_t stride() const { return hidden_part() + kWidth * gates * hidden; }    // between blocks
+  int64_t stride() const { return hidden_part() + kWidth * gates * state; }     // between blocks
+  // After the blocks W_hrᵀ, [H, P], as a product reads it.
+  int64_t blocks_bytes() const { return blocks() * stride() * (int64_t)sizeof(S); }
+  const T* transposed_w_hr(const void* packed) const { return (const T*)((const char*)packed + blocks_bytes()); }
 };
 
 // Lane j of out[k] = row j of `from`, entry k, for the first `units` rows; 0 in the other lanes. out is strided.
@@ -64,13 +68,20 @@ void pack_sequence(const SequenceInputs& in, void* packed, int64_t begin, int64_
     for (int g = 0; g < Cell::kGates; ++g)
       for (int j = 0; j < units; ++j) {
         const int64_t at = g * hidden + unit + j;
-        if (in.b_ih) out[Cell::kInputSum[g] * kWidth + j] += value(((const T*)in.b_ih)[at]);
-        if (in.b_hh) out[Cell::kHiddenSum[g] * kWidth + j] += value(((const T*)in.b_hh)[at]);
+        if (in.b_ih && !in.shape.has_norm) out[Cell::kInputSum[g] * kWidth + j] += value(((const T*)in.b_ih)[at]);
+        if (in.b_hh && !in.shape.has_norm) out[Cell::kHiddenSum[g] * kWidth + j] += value(((const T*)in.b_hh)[at]);
       }
     for (int g = 0; g < Cell::kGates; ++g) {
       const int64_t row = g * hidden + unit, stride = Cell::kGates * kWidth;
       pack_gate((const T*)in.w_ih + row * layout.input, layout.input, units, out + (kSumCount + g) * kWidth, stride);
-      pack_gate((const T*)in.w_hh + row * hidden, hidden, units, out + layout.hidden_part() + g * kWidth, stride);
+      pack_gate((const T*)in.w_hh + row * layout.state, layout.state, units, out + layout.hidden_part() + g * kWidth,
+                stride);
+    }
+    if (in.shape.has_w_hr) {
+      T* const transposed = (T*)((char*)packed + layout.blocks_bytes());
+      for (int64_t i = unit; i < unit + units; ++i)
+        for (int64_t k = 0; k < layout.state; ++k)
+          transposed[i * layout.state + k] = ((const T*)in.w_hr)[k * hidden + i];
     }
   }
 }
@@ -82,7 +93,7 @@ struct CellRow {
   const S* x;          // [I]
   const T* projected;  // [gates·H]: what W_ih makes of x, by the caller
   const S* ahead;      // the same, by project_ahead
-  const S* h;          // [H]
+  const S* h;          // [P]
 };
 
 // sums += weights·v of kRows rows for kBlocks blocks of units, in chains of kCellChain products: rounding errors grow
@@ -150,7 +161,7 @@ SEQREC_INLINE void cell_sums(Vector<T> (&sums)[kRows][kBlocks][kSumCount], const
     add_products<Cell, kRows, kBlocks>(sums, x, block + kSumCount * kWidth, layout.stride(), layout.input,
                                        Cell::kInputSum);
   if (h[0] == nullptr) return;
-  add_products<Cell, kRows, kBlocks>(sums, h, block + layout.hidden_part(), layout.stride(), layout.hidden,
+  add_products<Cell, kRows, kBlocks>(sums, h, block + layout.hidden_part(), layout.stride(), layout.state,
                                      Cell::kHiddenSum);
 #pragma GCC unroll 4
   for (int b = 0; b < kBlocks; ++b)
@@ -223,6 +234,19 @@ SEQREC_INLINE void all_sums(const CellRow<T>* rows, int64_t count, const PackedW
     }
 }
 
+// The same, to memory: [count, blocks, kSumCount, kWidth].
+template <class T, class Cell>
+__attribute__((noinline)) void write_sums(const CellRow<T>* rows, int64_t count, const PackedWeights<T>& layout,
+                                          const void* packed, typename Compute<T>::Scalar* to) {
+  constexpr int kWidth = Compute<T>::kWidth;
+  const int64_t width = layout.blocks() * kWidth;
+  all_sums<T, Cell>(rows, count, layout, packed,
+                    [&](int64_t p, int64_t unit, const Vector<T>(&sums)[kSumCount]) __attribute__((always_inline)) {
+                      for (int s = 0; s < kSumCount; ++s)
+                        store(to + (p * width + unit) * kSumCount + s * kWidth, sums[s]);
+                    });
+}
+
 // ---- the walk over the steps
 // ------------------------------------------------------------------------------------------
 
@@ -271,23 +295,41 @@ template <class T>
 class ForwardScratch : public Layout {
  public:
   using S = typename Compute<T>::Scalar;
-  int64_t width;
+  int64_t width, state_width;
   int64_t capacity;  // tokens that are gathered, and projected, at a time
   bool ahead;
-  S *h[2], *c;       // [count, width]
+  S *h[2], *c;       // [count, state_width], [count, width]
   S *x, *projected;  // [capacity, I] where x must be widened; [capacity, 4·width] where it is projected ahead
   CellRow<T>* rows;  // [capacity]
+  S *sums, *operand, *factors;       // normalised: [count, 4·width]; h as W_hh sees it; see dropout_factors
+  uint8_t *drops_of_h, *drops_of_c;  // [count, drop_width(P)], [count, drop_width(H)]
+  S *unprojected, *fresh_h;          // with W_hr: [count, width], [count, P]
+  CellRow<T>* hidden_rows;           // normalised: [count]: the operands of W_hh alone
+  S *zeros, *fresh_c, *output_gate;  // normalised: [4·width], [width] twice
 
   ForwardScratch(const SequenceShape& s, int64_t count, void* memory)
-      : Layout(memory), width(PackedWeights<T>(s).blocks() * Compute<T>::kWidth) {
-    ahead = projects_ahead<T>(s, count);
+      : Layout(memory),
+        width(PackedWeights<T>(s).blocks() * Compute<T>::kWidth),
+        state_width((s.state + Compute<T>::kWidth - 1) / Compute<T>::kWidth * Compute<T>::kWidth) {
+    ahead = s.has_norm || projects_ahead<T>(s, count);
     capacity = ahead && count < kAheadTokens ? kAheadTokens : count;
-    h[0] = take<S>(count * width);
-    h[1] = take<S>(count * width);
+    h[0] = take<S>(count * state_width);
+    h[1] = take<S>(count * state_width);
     c = take<S>(count * width);
     x = take<S>(kIsHalf<T> && !s.projected ? capacity * s.input : 0);
     projected = take<S>(ahead ? capacity * kSumCount * width : 0);
     rows = take<CellRow<T>>(capacity);
+    sums = take<S>(s.has_norm ? count * kSumCount * width : 0);
+    operand = take<S>(s.recurrent_dropout ? count * state_width : 0);
+    factors = take<S>(s.recurrent_dropout ? count * drop_width(s.state) : 0);
+    drops_of_h = take<uint8_t>(has_options(s) ? count * drop_width(s.state) : 0);
+    drops_of_c = take<uint8_t>(s.zoneout ? count * drop_width(s.hidden) : 0);
+    unprojected = take<S>(s.has_w_hr ? count * width : 0);
+    fresh_h = take<S>(s.has_w_hr ? count * s.state : 0);
+    hidden_rows = take<CellRow<T>>(s.has_norm ? count : 0);
+    zeros = take<S>(s.has_norm ? kSumCount * width : 0);
+    fresh_c = take<S>(s.has_norm ? width : 0);
+    output_gate = take<S>(s.has_norm ? width : 0);
   }
 };
 
@@ -324,26 +366,28 @@ struct SequenceWalk {
     }
   }
 
-  void project_ahead(int64_t tokens) {
-    all_sums<T, Cell>(scratch.rows, tokens, layout, call.packed,
-                      [&](int64_t p, int64_t unit, const Vector<T>(&sums)[kSumCount]) __attribute__((always_inline)) {
-                        S* const to = scratch.projected + (p * scratch.width + unit) * kSumCount;
-                        for (int s = 0; s < kSumCount; ++s) store(to + s * kWidth, sums[s]);
-                      });
+  virtual void project_ahead(int64_t tokens) {
+    write_sums<T, Cell>(scratch.rows, tokens, layout, call.packed, scratch.projected);
     for (int64_t p = 0; p < tokens; ++p)
       scratch.rows[p] = {nullptr, nullptr, scratch.projected + p * scratch.width * kSumCount, nullptr};
   }
 
+  // The states that a step of `count` rows starts from, as its operands.
+  void begin_step(CellRow<T>* rows, int64_t count, int64_t step) {
+    for (int64_t p = 0; p < count; ++p) {
+      S *const h = scratch.h[now] + p * scratch.state_width, *const c = scratch.c + p * scratch.width;
+      rows[p].h = h;
+      if (!segment_begins(call.in, tile, p, step)) continue;
+      for (int64_t i = 0; i < scratch.state_width; ++i) h[i] = 0;
+      for (int64_t i = 0; i < scratch.width; ++i) c[i] = 0;
+    }
+  }
+
   // One step of `count` rows, whose inputs are rows first … of the scratch.
-  void take_step(int64_t first, int64_t count, int64_t step) {
+  virtual void take_step(int64_t first, int64_t count, int64_t step) {
     const int64_t width = scratch.width;
     CellRow<T>* const rows = scratch.rows + first;
-    for (int64_t p = 0; p < count; ++p) {
-      S* h = scratch.h[now] + p * width;
-      rows[p].h = h;
-      if (segment_begins(call.in, tile, p, step))
-        for (int64_t i = 0; i < width; ++i) h[i] = 0, scratch.c[p * width + i] = 0;
-    }
+    begin_step(rows, count, step);
     S* const h_next = scratch.h[1 - now];
     all_sums<T, Cell>(rows, count, layout, call.packed,
                       [&](int64_t p, int64_t unit, const Vector<T>(&sums)[kSumCount]) __attribute__((always_inline)) {
@@ -351,16 +395,21 @@ struct SequenceWalk {
                         const auto next = Cell::step(sums, load(scratch.h[now] + p * width + unit), load(c));
                         store(h_next + p * width + unit, rounded<T>(next.h));
                         if constexpr (Cell::kHasCellState) store(c, next.c);
-                        keep(step, tile.row[p], unit, next);
+                        keep_output(step, tile.row[p], unit, next.h);
+                        keep_saved(step, tile.row[p], unit, next);
                       });
     now = 1 - now;
   }
 
-  __attribute__((always_inline)) void keep(int64_t step, int64_t row, int64_t unit,
-                                           const CellStates<Vector<T>>& next) const {
+  __attribute__((always_inline)) void keep_output(int64_t step, int64_t row, int64_t unit, Vector<T> h) const {
+    const int64_t state = shape.state;
+    const int units = state - unit < kWidth ? (int)(state - unit) : kWidth;
+    if (call.output) store_first((T*)call.output + token_index(shape, step, row) * state + unit, units, h);
+  }
+  __attribute__((always_inline)) void keep_saved(int64_t step, int64_t row, int64_t unit,
+                                                 const CellStates<Vector<T>>& next) const {
     const int64_t hidden = shape.hidden;
     const int units = hidden - unit < kWidth ? (int)(hidden - unit) : kWidth;
-    if (call.output) store_first((T*)call.output + token_index(shape, step, row) * hidden + unit, units, next.h);
     if (Cell::kHasCellState && call.cells)
       store_first((S*)call.cells + saved_index(shape, step, row) * hidden + unit, units, next.c);
     if (call.gates == nullptr) return;
@@ -371,15 +420,16 @@ struct SequenceWalk {
   // Rows that do not run have their state in h[0]: rows former … count begin here, or count … former end here.
   void change_rows(int64_t former, int64_t count) {
     if (now == 0) return;
-    copy_rows(scratch.h[1], scratch.h[0], count, former, scratch.width);
-    copy_rows(scratch.h[0], scratch.h[1], former, count, scratch.width);
+    copy_rows(scratch.h[1], scratch.h[0], count, former, scratch.state_width);
+    copy_rows(scratch.h[0], scratch.h[1], former, count, scratch.state_width);
   }
 
   void run() {
-    const int64_t hidden = shape.hidden, width = scratch.width;
-    for (int64_t i = 0; i < tile.count * width; ++i) scratch.h[0][i] = scratch.h[1][i] = scratch.c[i] = 0;
+    const int64_t hidden = shape.hidden, width = scratch.width, state = shape.state, state_width = scratch.state_width;
+    for (int64_t i = 0; i < tile.count * state_width; ++i) scratch.h[0][i] = scratch.h[1][i] = 0;
+    for (int64_t i = 0; i < tile.count * width; ++i) scratch.c[i] = 0;
     for (int64_t p = 0; p < tile.count; ++p) {
-      widen((const T*)call.in.h + tile.row[p] * hidden, hidden, scratch.h[0] + p * width);
+      widen((const T*)call.in.h + tile.row[p] * state, state, scratch.h[0] + p * state_width);
       if (Cell::kHasCellState) widen((const T*)call.in.c + tile.row[p] * hidden, hidden, scratch.c + p * width);
     }
     int64_t count = 0, gathered = 0;  // rows that run; rows that ran at the last gathered step
@@ -406,15 +456,10 @@ struct SequenceWalk {
     }
     change_rows(count, 0);
     for (int64_t p = 0; p < tile.count; ++p) {
-      narrow(scratch.h[0] + p * width, hidden, (T*)call.h_n + tile.row[p] * hidden);
+      narrow(scratch.h[0] + p * state_width, state, (T*)call.h_n + tile.row[p] * state);
       if (Cell::kHasCellState) narrow(scratch.c + p * width, hidden, (T*)call.c_n + tile.row[p] * hidden);
     }
   }
 };
-
-template <class T, class Cell>
-void sequence_forward(const SequenceForward& call, const RowTile& tile, void* memory) {
-  SequenceWalk<T, Cell>(call, tile, memory).run();
-}
 
 }  // namespace seqrec_fast::SEQREC_TIER

@@ -1,6 +1,7 @@
 // The whole-sequence kernels of one CPU tier; compiled once per tier as tier.cpp is.
 #include "by_scalar.h"
-#include "sequence_backward.h"
+#include "sequence_options.h"
+#include "sequence_options_backward.h"
 
 namespace seqrec_fast::SEQREC_TIER {
 namespace {
@@ -9,7 +10,7 @@ template <class T>
 struct PackedBytes {
   static int64_t run(const SequenceShape& shape) {
     const PackedWeights<T> layout(shape);
-    return layout.blocks() * layout.stride() * (int64_t)sizeof(typename PackedWeights<T>::S);
+    return layout.blocks_bytes() + (shape.has_w_hr ? shape.hidden * shape.state * (int64_t)sizeof(T) : 0);
   }
 };
 template <class T>

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from .._dispatch import Spec
 from .._operator import wants_gradient
 from .._precision import autocast_enabled, current_precision
 from ..backends.reference._calls import SAVE_GATES, SAVE_NOTHING, SAVE_STATES, SequenceCall
@@ -175,15 +174,6 @@ def _follow_autocast(
     weights = [Weights._make(None if w is None else w.to(dtype) for w in cell) for cell in weights]
     hx = None if hx is None else tuple(part.to(dtype) for part in hx)
     return tuple(x.to(dtype) for x in inputs), hx, weights, torch.autocast(device, enabled=False)
-
-
-# Wiring
-
-
-def native_supports(spec: Spec) -> str | None:
-    """What the native kernels of whole sequences lack."""
-    missing = sorted(spec.options & {"projection", "layer_norm", "zoneout", "recurrent_dropout"})
-    return f"the native kernel has no {missing[0].replace('_', ' ')}" if missing else None
 
 
 # Gradients

@@ -17,7 +17,7 @@ from .._schema import LIBRARIES, PUBLIC
 from ..backends.reference import gru as reference
 from ..backends.reference import gru_backward
 from ..backends.reference._calls import SAVE_GATES, SAVE_NOTHING, GRUCall
-from ._recurrent import Pass, States, formula_gradients, loop_over_vmap, native_supports, sequence
+from ._recurrent import Pass, States, formula_gradients, loop_over_vmap, sequence
 from ._recurrent_arguments import Options, Weights, check_arguments, split_weights
 
 
@@ -153,14 +153,14 @@ GRU = Operator(
     reference=reference.forward,
     fake=_fake,
     describe=lambda *args: describe("gru", GRUCall(*args)),
-    native=native_supports,
+    native=_dispatch.always,
 )
 GRU_BACKWARD = Operator(
     "gru_backward",
     reference=gru_backward.forward,
     fake=_fake_backward,
     describe=lambda *args: describe("gru_backward", GRUCall(*args[2:-3])),
-    native=native_supports,
+    native=_dispatch.always,
 )
 torch.library.register_vmap(f"{PUBLIC}::gru", loop_over_vmap(GRU.public), lib=LIBRARIES[PUBLIC])
 torch.library.register_vmap(f"{PUBLIC}::gru_backward", loop_over_vmap(GRU_BACKWARD.public), lib=LIBRARIES[PUBLIC])

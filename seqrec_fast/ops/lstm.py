@@ -18,7 +18,7 @@ from ..backends.reference import lstm as reference
 from ..backends.reference import lstm_backward
 from ..backends.reference._calls import SAVE_GATES, SAVE_NOTHING, LSTMCall
 from ..backends.reference._sequence import accumulation_dtype
-from ._recurrent import Pass, States, formula_gradients, loop_over_vmap, native_supports, sequence
+from ._recurrent import Pass, States, formula_gradients, loop_over_vmap, sequence
 from ._recurrent_arguments import Options, Weights, check_arguments, split_weights
 
 State = tuple[Tensor, Tensor]
@@ -172,14 +172,14 @@ LSTM = Operator(
     reference=reference.forward,
     fake=_fake,
     describe=lambda *args: describe("lstm", LSTMCall(*args)),
-    native=native_supports,
+    native=_dispatch.always,
 )
 LSTM_BACKWARD = Operator(
     "lstm_backward",
     reference=lstm_backward.forward,
     fake=_fake_backward,
     describe=lambda *args: describe("lstm_backward", LSTMCall(*args[3:-4])),
-    native=native_supports,
+    native=_dispatch.always,
 )
 torch.library.register_vmap(f"{PUBLIC}::lstm", loop_over_vmap(LSTM.public), lib=LIBRARIES[PUBLIC])
 torch.library.register_vmap(f"{PUBLIC}::lstm_backward", loop_over_vmap(LSTM_BACKWARD.public), lib=LIBRARIES[PUBLIC])

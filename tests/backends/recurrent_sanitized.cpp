@@ -71,9 +71,10 @@ static void step(const StepKernels& kernels, const StepSizes& s, bool gru, bool 
 static void sequence(const SequenceKernels& kernels, const SequenceShape& s, bool save_gates) {
   const size_t w = width(s.scalar), wide = w < 4 ? 4 : w;
   const int64_t tokens = s.steps * s.rows, gates = gate_rows(s), input = s.projected ? gates : s.input;
-  const Array x(tokens * input, w), h(s.rows * s.hidden, w), c(s.rows * s.hidden, w), w_ih(gates * input, w),
-      w_hh(gates * s.hidden, w), b(gates, w), output(tokens * s.hidden, w), h_n(s.rows * s.hidden, w),
-      c_n(s.rows * s.hidden, w), cells(tokens * s.hidden, wide), saved(tokens * 4 * s.hidden, w);
+  const Array x(tokens * input, w), h(s.rows * s.state, w), c(s.rows * s.hidden, w), w_ih(gates * input, w),
+      w_hh(gates * s.state, w), b(gates, w), output(tokens * s.state, w), h_n(s.rows * s.state, w),
+      c_n(s.rows * s.hidden, w), cells(tokens * s.hidden, wide), saved(tokens * 4 * s.hidden, w),
+      w_hr(s.state * s.hidden, w), gain(gates, w), gain_of_c(s.hidden, w);
   const Array reset(tokens, 1), row(s.rows, 8), length(s.rows, 8);
   for (int64_t i = 0; i < tokens; ++i) reset.data[i] = i % 3 == 0;
   for (int64_t i = 0; i < s.rows; ++i) {
@@ -83,20 +84,32 @@ static void sequence(const SequenceKernels& kernels, const SequenceShape& s, boo
   const RowTile tile{(int64_t*)row.data, (int64_t*)length.data, s.rows};
   SequenceShape shape = s;
   shape.input = input;
-  const SequenceInputs in{
-      shape, x, nullptr, h, c, s.projected ? nullptr : (void*)w_ih, w_hh, b, b, (const bool*)reset.data};
+  const SequenceNoise noise{s.recurrent_dropout, 0x123456789abcdef, 8, 0.3, 19661, 26214, 1 / 0.6};
+  const SequenceInputs in{shape,     x,
+                          nullptr,   h,
+                          c,         s.projected ? nullptr : (void*)w_ih,
+                          w_hh,      b,
+                          b,         (const bool*)reset.data,
+                          noise,     s.has_w_hr ? (void*)w_hr : nullptr,
+                          gain,      gain,
+                          gain_of_c, gain_of_c};
   const Array packed(kernels.packed_bytes(shape), 1), forward(kernels.forward_scratch(shape, s.rows), 1),
       backward(kernels.backward_scratch(shape, s.rows), 1);
   kernels.pack(in, packed, 0, kernels.pack_blocks(shape));
   kernels.forward({in, packed, output, h_n, c_n, cells, save_gates ? (void*)saved : nullptr}, tile, forward);
 
-  const Array dx(tokens * input, w), dh(s.rows * s.hidden, w), dc(s.rows * s.hidden, w), dw_ih(gates * input, wide),
-      dw_hh(gates * s.hidden, wide), db(4 * s.hidden, wide), total(gates * s.hidden, w);
+  const Array dx(tokens * input, w), dh(s.rows * s.state, w), dc(s.rows * s.hidden, w), dw_ih(gates * input, wide),
+      dw_hh(gates * s.state, wide), db(4 * s.hidden, wide), dw_hr(s.state * s.hidden, wide), dgain(4 * s.hidden, wide),
+      dgain_of_c(s.hidden, wide), total(gates * s.state, w);
+  const auto if_has = [](bool has, const Array& array) { return has ? (void*)array : nullptr; };
   kernels.backward(
       {in, packed, output, cells, save_gates ? (void*)saved : nullptr, output, h_n, c_n, dx, false, dh, dc}, tile,
-      {s.projected ? nullptr : (void*)dw_ih, dw_hh, db}, backward);
+      {if_has(!s.projected, dw_ih), dw_hh, db, if_has(s.has_w_hr, dw_hr), if_has(s.has_norm, dgain),
+       if_has(s.has_norm, dgain), if_has(s.has_norm && s.kind == CellKind::kLstm, dgain_of_c),
+       if_has(s.has_norm && s.kind == CellKind::kLstm, dgain_of_c)},
+      backward);
   const void* const parts[] = {dw_hh, dw_hh};
-  kernels.add_parts(s.scalar, parts, 2, total, 0, gates * s.hidden);
+  kernels.add_parts(s.scalar, parts, 2, total, 0, gates * s.state);
 }
 
 int main(int arguments, char**) {
@@ -117,9 +130,16 @@ int main(int arguments, char**) {
     for (const Scalar scalar : {Scalar::kFloat, Scalar::kDouble, Scalar::kBFloat16, Scalar::kHalf})
       for (const CellKind kind : {CellKind::kLstm, CellKind::kGru})
         for (const bool flag : {false, true}) {
-          sequence(SEQREC_TIER::sequence_kernels,
-                   {kind, scalar, steps, rows, input, hidden, flag, !flag, flag && rows > 5}, flag);
-          ++calls;
+          const SequenceShape plain{kind, scalar, steps, rows, input, hidden, hidden, flag, !flag, flag && rows > 5};
+          SequenceShape noisy = plain, normed = plain, projected = plain;
+          noisy.zoneout = noisy.recurrent_dropout = normed.has_norm = true;
+          projected.zoneout = projected.recurrent_dropout = projected.has_norm = true;
+          projected.has_w_hr = kind == CellKind::kLstm;
+          if (projected.has_w_hr) projected.state = (hidden + 2) / 3;
+          for (const SequenceShape& shape : {plain, noisy, normed, projected}) {
+            sequence(SEQREC_TIER::sequence_kernels, shape, flag);
+            ++calls;
+          }
         }
   printf("%d\n", calls);
 }

@@ -16,11 +16,34 @@ pytestmark = pytest.mark.skipif(_native.MISSING is not None, reason=str(_native.
 KINDS = {"lstm": (sf.lstm, 4), "gru": (sf.gru, 3)}
 
 
-def weights_of(kind: str, inputs: int, hidden: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    gates = KINDS[kind][1] * hidden
-    generator = torch.Generator().manual_seed(hidden)
-    shapes = ((gates, inputs), (gates, hidden), (gates,), (gates,))
-    return [(torch.randn(s, generator=generator, dtype=torch.float64) * hidden**-0.5).to(dtype) for s in shapes]
+@pytest.fixture(autouse=True)
+def one_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Masks from the same seed in every run; drawing one has no native implementation, which a forced backend would ask for."""
+    monkeypatch.setattr("seqrec_fast.ops._recurrent.draw_seed", lambda device: torch.tensor(-0x1234_5678_9ABC_DEF0))
+
+
+def weights_of(
+    kind: str,
+    inputs: int,
+    hidden: int,
+    dtype: torch.dtype = torch.float32,
+    option: str | None = None,
+    seed: int = 0,
+) -> list[Tensor]:
+    gates, option = KINDS[kind][1] * hidden, option or ""
+    generator = torch.Generator().manual_seed(hidden + 1000 * seed)
+    projected = (hidden + 1) // 2 if "projection" in option else hidden
+    shapes: list[tuple[int, ...]] = [(gates, inputs), (gates, projected), (gates,), (gates,)]
+    if "projection" in option:
+        shapes.append((projected, hidden))
+    if "layer_norm" in option:
+        shapes += [(gates,), (gates,), *([(hidden,), (hidden,)] if kind == "lstm" else [])]
+    # The gains and β_c come last; anything but small.
+    scales = [hidden**-0.5] * (5 if "projection" in option else 4) + [1.0] * 4
+    return [
+        (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
+        for shape, scale in zip(shapes, scales, strict=False)
+    ]
 
 
 def run(kind: str, x: Tensor, weights: list[Tensor], **options: Any) -> list[Tensor]:
@@ -62,16 +85,86 @@ def test_across_tile_edges(kind: str, steps: int, rows: int, inputs: int, hidden
         torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
 
 
+OPTIONS: dict[str, dict[str, Any]] = {
+    "zoneout": {"zoneout": 0.3, "training": True},
+    "zoneout_mean": {"zoneout": 0.3},
+    "always_zoned": {"zoneout": 1.0, "training": True},
+    "recurrent_dropout": {"recurrent_dropout": 0.4, "training": True},
+    "noise": {"zoneout": 0.2, "recurrent_dropout": 0.3, "training": True},
+    "projection": {},
+    "noise, projection": {"zoneout": 0.2, "recurrent_dropout": 0.3, "training": True},
+    "layer_norm": {"layer_norm": True},
+    "noise, layer_norm": {"zoneout": 0.2, "recurrent_dropout": 0.3, "training": True, "layer_norm": True},
+    "zoneout_mean, projection, layer_norm": {"zoneout": 0.3, "layer_norm": True},
+}
+
+
+def takes(kind: str, option: str) -> bool:
+    return kind == "lstm" or "projection" not in option
+
+
+OPTION_CASES = [(kind, option) for kind in KINDS for option in OPTIONS if takes(kind, option)]
+
+
+@pytest.mark.parametrize(("kind", "option"), OPTION_CASES)
+@pytest.mark.parametrize("save_gates", [True, False])
+@pytest.mark.parametrize(
+    ("steps", "rows", "hidden"),
+    [
+        (3, 1, 1),
+        (20, 6, 5),  # masks of three groups of steps
+        (17, 7, 16),
+        (9, 33, 17),
+        (2, 100, 100),  # two tiles forward
+        (150, 2, 5),  # several chunks of one tile
+    ],
+)
+def test_options_across_tile_edges(
+    kind: str, option: str, steps: int, rows: int, hidden: int, save_gates: bool
+) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    x = torch.randn(steps, rows, 6, generator=generator, dtype=torch.float64)
+    ragged = {
+        "lengths": torch.randint(0, steps + 1, (rows,), generator=generator),
+        "reset": torch.rand(rows, steps, generator=generator) < 0.3,
+    }
+    weights = weights_of(kind, 6, hidden, torch.float64, option)
+    told = {"save_gates": save_gates, **OPTIONS[option]}
+    found = {}
+    for backend in ("reference", "native"):
+        with sf.use_backend(backend):
+            found[backend] = [run(kind, x, weights, **told), run(kind, x, weights, **ragged, **told)]
+            both = [*weights, *weights_of(kind, 6, hidden, torch.float64, option, seed=1)]
+            found[backend].append(run(kind, x, both, bidirectional=True, last_only=True, **ragged, **told))
+    torch.testing.assert_close(found["native"], found["reference"], rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_same_bits_for_any_number_of_threads(kind: str) -> None:
-    x, weights = torch.randn(9, 50, 20), weights_of(kind, 20, 40)
+def test_zoneout_keeps_the_same_units_as_the_reference(kind: str) -> None:
+    """A kept unit has its former bits, so the masks can be read off the outputs."""
+    x, weights = torch.randn(21, 5, 6), weights_of(kind, 6, 37)
+    kept = []
+    for backend in ("reference", "native"):
+        with sf.use_backend(backend):
+            output = run(kind, x, weights, zoneout=0.3, training=True)[0]
+        kept.append(output[1:] == output[:-1])
+    assert torch.equal(*kept)
+    assert 0.2 < kept[0].float().mean() < 0.4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("option", [None, *OPTIONS])
+def test_same_bits_for_any_number_of_threads(kind: str, option: str | None) -> None:
+    if option is not None and not takes(kind, option):
+        pytest.skip("lstm only")
+    x, weights = torch.randn(9, 50, 20), weights_of(kind, 20, 40, option=option)
     lengths = torch.randint(0, 10, (50,))
     before = torch.get_num_threads()
     try:
         found = []
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            found.append(run(kind, x, weights, lengths=lengths))
+            found.append(run(kind, x, weights, lengths=lengths, **OPTIONS.get(option or "", {})))
     finally:
         torch.set_num_threads(before)
     for other in found[1:]:
@@ -79,11 +172,17 @@ def test_same_bits_for_any_number_of_threads(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_same_bits_in_any_batch(kind: str) -> None:
-    x, weights = torch.randn(6, 23, 20), weights_of(kind, 20, 40)
-    full, *states = run(kind, x, weights)[:3]
-    for rows in ([0], [5, 3], list(range(7, 20))):
-        part, *part_states = run(kind, x[:, rows], weights)[:3]
+@pytest.mark.parametrize("option", [None, *OPTIONS])
+def test_same_bits_in_any_batch(kind: str, option: str | None) -> None:
+    if option is not None and not takes(kind, option):
+        pytest.skip("lstm only")
+    x, weights = torch.randn(6, 23, 20), weights_of(kind, 20, 40, option=option)
+    told = OPTIONS.get(option or "", {})
+    full, *states = run(kind, x, weights, **told)[:3]
+    # A mask depends on the place of its row in the batch.
+    drawn = told.get("training", False)
+    for rows in ([0], [0, 1, 2], list(range(20))) if drawn else ([0], [5, 3], list(range(7, 20))):
+        part, *part_states = run(kind, x[:, rows], weights, **told)[:3]
         assert torch.equal(part, full[:, rows])
         assert torch.equal(part_states[0], states[0][:, rows])
 
@@ -124,6 +223,9 @@ def raw(**changes: Any) -> list[Any]:
     return list((values | changes).values())
 
 
+NORM = {"ln_ih": torch.ones(24), "ln_hh": torch.ones(24), "ln_c": torch.ones(6)}
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
@@ -141,8 +243,19 @@ def raw(**changes: Any) -> list[Any]:
         ({"lengths": torch.tensor([1.0, 2.0, 3.0])}, ValueError, "int64 or int32"),
         ({"reset": torch.zeros(4, 3, dtype=torch.bool)}, ValueError, "reset must be bool"),
         ({"x": torch.randn(9, 5), "ids": torch.full((4, 3), 9)}, IndexError, "0…8"),
-        ({"w_hr": torch.randn(6, 6)}, ValueError, "no projection"),
-        ({"zoneout": 0.1}, ValueError, "no zoneout"),
+        ({"w_hr": torch.randn(5, 6)}, ValueError, "w_hr has a shape"),
+        ({"w_hr": torch.randn(6, 5)}, ValueError, "w_hr has a shape"),
+        ({"w_hr": torch.randn(6, 6), "c": torch.zeros(18)}, ValueError, "c must be"),
+        ({"ln_hh": torch.ones(24)}, ValueError, "ln_ih, ln_hh and ln_c go together"),
+        ({**NORM, "ln_c": None}, ValueError, "ln_ih, ln_hh and ln_c go together"),
+        ({**NORM, "ln_ih": torch.ones(6)}, ValueError, "a gain of the gates has a shape"),
+        ({**NORM, "ln_c": torch.ones(24)}, ValueError, "ln_c or its bias has a shape"),
+        ({**NORM, "ln_c_bias": torch.ones(6).double()}, ValueError, "ln_c or its bias has a shape or dtype"),
+        ({"ln_c_bias": torch.ones(6)}, ValueError, "ln_c_bias goes with ln_c"),
+        ({"zoneout": 1.1}, ValueError, "must lie in 0…1, got 1.1"),
+        ({"recurrent_dropout": -0.1}, ValueError, "must lie in 0…1, got -0.1"),
+        ({"zoneout": 0.1, "seed": torch.zeros(2, dtype=torch.long)}, ValueError, "one int64 number"),
+        ({"zoneout": 0.1, "seed": torch.tensor(1.0)}, ValueError, "one int64 number"),
     ],
 )
 def test_a_direct_call_stays_within_its_arrays(changes: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -150,7 +263,7 @@ def test_a_direct_call_stays_within_its_arrays(changes: dict[str, Any], error: t
         torch.ops.seqrec_fast_native.lstm(*raw(**changes))
 
 
-def test_what_it_lacks_is_said() -> None:
-    weights = weights_of("lstm", 5, 6)
-    with sf.use_backend("native"), pytest.raises(sf.BackendUnavailable, match="no zoneout"):
-        sf.lstm(torch.randn(4, 3, 5), None, weights, zoneout=0.1)
+@pytest.mark.parametrize(("kind", "option"), OPTION_CASES)
+def test_no_option_falls_back(kind: str, option: str) -> None:
+    with sf.use_backend("native"):  # would raise
+        run(kind, torch.randn(3, 2, 5), weights_of(kind, 5, 6, option=option), **OPTIONS[option])

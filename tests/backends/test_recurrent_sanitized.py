@@ -40,7 +40,7 @@ def test_kernels_stay_within_their_arrays(tier: str, tmp_path: Path) -> None:
     subprocess.run(command, check=True)
 
     clean = subprocess.run([str(program)], capture_output=True, text=True)
-    assert (clean.returncode, clean.stdout, clean.stderr) == (0, "256\n", "")
+    assert (clean.returncode, clean.stdout, clean.stderr) == (0, "544\n", "")
 
     planted = subprocess.run([str(program), "one value short"], capture_output=True, text=True)
     assert planted.returncode != 0

@@ -12,6 +12,11 @@ struct LstmGates {
 };
 
 template <class V>
+SEQREC_INLINE V lstm_cell(const LstmGates<V>& a, V c) {
+  return fma(a.f, c, a.i * a.g);
+}
+
+template <class V>
 struct LstmStates {
   V h, c;
   LstmGates<V> gates;
@@ -19,7 +24,7 @@ struct LstmStates {
 
 SEQREC_INLINE LstmStates<F64> lstm_states(F64 zi, F64 zf, F64 zg, F64 zo, F64 c) {
   const LstmGates<F64> a{sigmoid(zi), sigmoid(zf), tanh(zg), sigmoid(zo)};
-  const F64 c_next = fma(a.f, c, a.i * a.g);
+  const F64 c_next = lstm_cell(a, c);
   return {a.o * tanh(c_next), c_next, a};
 }
 

@@ -78,7 +78,7 @@ struct Arguments {
   bool batch_first, reverse;
   const Optional& seed;
   double zoneout, recurrent_dropout;
-  int64_t stream;
+  int64_t stream, precision;
 };
 
 // A draw of 16 bits below this drops; a half rounds to even, as Python's round does.
@@ -136,7 +136,8 @@ class Sequence {
          a.zoneout > 0,
          a.seed && a.recurrent_dropout > 0,
          a.w_hr.has_value(),
-         a.ln_hh.has_value()};
+         a.ln_hh.has_value(),
+         (int)a.precision};
     in.noise = noise_of(a);
     const int64_t gates = gate_rows(s);
     expect(name, "h", a.h, {s.rows, s.state});
@@ -274,12 +275,16 @@ class Sequence {
   bool full_ = true;
 };
 
-Memory packed_weights(const SequenceInputs& in) {
-  Memory packed(kernels().packed_bytes(in.shape));
+Memory packed_weights(const SequenceInputs& in, int64_t (*bytes)(const SequenceShape&),
+                      int64_t (*blocks)(const SequenceShape&),
+                      void (*pack)(const SequenceInputs&, void*, int64_t, int64_t)) {
+  Memory packed(bytes(in.shape));
   const int64_t weights = gate_rows(in.shape) * (in.shape.input + in.shape.state);
-  in_parallel(kernels().pack_blocks(in.shape), 8 * weights,
-              [&](int64_t begin, int64_t end) { kernels().pack(in, packed.get(), begin, end); });
+  in_parallel(blocks(in.shape), 8 * weights, [&](int64_t begin, int64_t end) { pack(in, packed.get(), begin, end); });
   return packed;
+}
+Memory packed_weights(const SequenceInputs& in) {
+  return packed_weights(in, kernels().packed_bytes, kernels().pack_blocks, kernels().pack);
 }
 
 int64_t rounded_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
@@ -450,12 +455,15 @@ BackwardResults run_backward(const Sequence& sequence, const Arguments& a, const
   const Array cells_array = cells ? Array(*cells) : Array(Optional{});
   const std::optional<Memory> packed =
       saved_gates && !s.has_norm ? std::nullopt : std::optional<Memory>(packed_weights(sequence.in));
+  const Memory packed_back =
+      packed_weights(sequence.in, kernels().packed_back_bytes, kernels().pack_back_blocks, kernels().pack_back);
   // A table's gradient is summed before it is rounded.
   const int64_t wide = wide_bytes(s.scalar), token_count = s.steps * s.rows;
   const std::optional<Memory> token_rows =
       a.ids && wanted.x ? std::optional<Memory>(token_count * s.input * wide) : std::nullopt;
   const SequenceBackward call{sequence.in,
                               packed ? packed->get() : nullptr,
+                              packed_back.get(),
                               output_array,
                               cells_array,
                               saved_gates ? (const void*)gates_array : nullptr,
@@ -518,7 +526,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm(
     const Optional& b_hh, const Optional& w_hr, const Optional& ln_ih, const Optional& ln_hh, const Optional& ln_c,
     const Optional& ln_c_bias, const Optional& ids, const Optional& lengths, const Optional& reset,
     const Optional& seed, bool batch_first, bool reverse, bool last_only, int64_t save, double zoneout,
-    double recurrent_dropout, int64_t stream, int64_t /*precision*/) {
+    double recurrent_dropout, int64_t stream, int64_t precision) {
   const Sequence sequence({"lstm",  CellKind::kLstm,
                            x,       h,
                            &c,      w_ih,
@@ -530,7 +538,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm(
                            reset,   batch_first,
                            reverse, seed,
                            zoneout, recurrent_dropout,
-                           stream});
+                           stream,  precision});
   ForwardResults found = run_forward(sequence, x, last_only, save);
   return {std::move(*found.output), std::move(found.h_n), std::move(*found.c_n), std::move(*found.cells),
           std::move(*found.gates)};
@@ -541,11 +549,11 @@ std::tuple<Tensor, Tensor, Tensor> gru(const Tensor& x, const Tensor& h, const O
                                        const Optional& ln_hh, const Optional& ids, const Optional& lengths,
                                        const Optional& reset, const Optional& seed, bool batch_first, bool reverse,
                                        bool last_only, int64_t save, double zoneout, double recurrent_dropout,
-                                       int64_t stream, int64_t /*precision*/) {
+                                       int64_t stream, int64_t precision) {
   const Sequence sequence(
-      {"gru", CellKind::kGru, x,       h,   nullptr, w_ih,  w_hh,        b_ih,    b_hh, kAbsent, ln_ih,
-       ln_hh, kAbsent,        kAbsent, ids, lengths, reset, batch_first, reverse, seed, zoneout, recurrent_dropout,
-       stream});
+      {"gru",  CellKind::kGru, x,       h,   nullptr, w_ih,  w_hh,        b_ih,    b_hh, kAbsent, ln_ih,
+       ln_hh,  kAbsent,        kAbsent, ids, lengths, reset, batch_first, reverse, seed, zoneout, recurrent_dropout,
+       stream, precision});
   ForwardResults found = run_forward(sequence, x, last_only, save);
   return {std::move(*found.output), std::move(found.h_n), std::move(*found.gates)};
 }
@@ -559,7 +567,7 @@ ElevenTensors lstm_backward(const Optional& grad_output, const Optional& grad_h_
                             const Optional& ln_hh, const Optional& ln_c, const Optional& ln_c_bias, const Optional& ids,
                             const Optional& lengths, const Optional& reset, const Optional& seed, bool batch_first,
                             bool reverse, bool /*last_only*/, int64_t /*save*/, double zoneout,
-                            double recurrent_dropout, int64_t stream, int64_t /*precision*/, const Tensor& output,
+                            double recurrent_dropout, int64_t stream, int64_t precision, const Tensor& output,
                             const Tensor& cells, const Tensor& gates, const std::vector<bool>& output_mask) {
   check_value(output_mask.size() == 11, "lstm_backward: output_mask must have 11 entries, got ", output_mask.size());
   const Arguments arguments{"lstm",  CellKind::kLstm,
@@ -573,7 +581,7 @@ ElevenTensors lstm_backward(const Optional& grad_output, const Optional& grad_h_
                             reset,   batch_first,
                             reverse, seed,
                             zoneout, recurrent_dropout,
-                            stream};
+                            stream,  precision};
   const Sequence sequence(arguments);
   const auto& m = output_mask;
   BackwardResults found = run_backward(sequence, arguments, {grad_output, grad_h_n, grad_c_n}, output, &cells, gates,
@@ -589,12 +597,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gru_b
     const Tensor& w_hh, const Optional& b_ih, const Optional& b_hh, const Optional& ln_ih, const Optional& ln_hh,
     const Optional& ids, const Optional& lengths, const Optional& reset, const Optional& seed, bool batch_first,
     bool reverse, bool /*last_only*/, int64_t /*save*/, double zoneout, double recurrent_dropout, int64_t stream,
-    int64_t /*precision*/, const Tensor& output, const Tensor& gates, const std::vector<bool>& output_mask) {
+    int64_t precision, const Tensor& output, const Tensor& gates, const std::vector<bool>& output_mask) {
   check_value(output_mask.size() == 8, "gru_backward: output_mask must have 8 entries, got ", output_mask.size());
   const Arguments arguments{
-      "gru", CellKind::kGru, x,       h,   nullptr, w_ih,  w_hh,        b_ih,    b_hh, kAbsent, ln_ih,
-      ln_hh, kAbsent,        kAbsent, ids, lengths, reset, batch_first, reverse, seed, zoneout, recurrent_dropout,
-      stream};
+      "gru",  CellKind::kGru, x,       h,   nullptr, w_ih,  w_hh,        b_ih,    b_hh, kAbsent, ln_ih,
+      ln_hh,  kAbsent,        kAbsent, ids, lengths, reset, batch_first, reverse, seed, zoneout, recurrent_dropout,
+      stream, precision};
   const Sequence sequence(arguments);
   const auto& m = output_mask;
   BackwardResults found = run_backward(

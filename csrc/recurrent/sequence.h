@@ -20,6 +20,7 @@ struct SequenceShape {
   bool batch_first, reverse;
   bool projected;                                       // x is W_ih·x already: I = gates·H, and there is no W_ih
   bool zoneout, recurrent_dropout, has_w_hr, has_norm;  // without W_hr P = H
+  int precision;  // of products of fp32 numbers, as in seqrec_fast/_precision.py: 0 highest, 1 high, 2 medium
 };
 
 // Some option is on: what the plain step does not know of.
@@ -73,7 +74,8 @@ struct SequenceForward {
 
 struct SequenceBackward {
   SequenceInputs in;
-  const void* packed;  // null where the gates were saved
+  const void* packed;       // as in the forward; null where nothing is made again
+  const void* packed_back;  // what pack_back made of the weights
   const void *output, *cells, *gates;
   const void *grad_output, *grad_h_n, *grad_c_n;  // each may be null
   void* dx;                                       // [T·B, I] or null: one vector a token, also with ids
@@ -102,6 +104,10 @@ struct SequenceKernels {
   // Blocks begin…end-1 of pack_blocks.
   int64_t (*pack_blocks)(const SequenceShape&);
   void (*pack)(const SequenceInputs&, void* packed, int64_t begin, int64_t end);
+  // The same for the products of the backward; they may need nothing.
+  int64_t (*packed_back_bytes)(const SequenceShape&);
+  int64_t (*pack_back_blocks)(const SequenceShape&);
+  void (*pack_back)(const SequenceInputs&, void* packed, int64_t begin, int64_t end);
   int64_t (*forward_scratch)(const SequenceShape&, int64_t count);  // bytes
   void (*forward)(const SequenceForward&, const RowTile&, void* scratch);
   int64_t (*backward_scratch)(const SequenceShape&, int64_t count);

@@ -41,7 +41,7 @@ class BackwardScratch : public Layout {
   BackwardScratch(const SequenceShape& s, int64_t count, void* memory)
       : Layout(memory),
         capacity(chunk_tokens(s) > count ? chunk_tokens(s) : count),
-        sums_stride(gradient_stride(s.hidden)) {
+        sums_stride(gradient_stride(kSumCount * s.hidden)) {
     dh = take<S>(count * s.state);
     dc = take<S>(count * s.hidden);
     gates = take<S>(count * kSumCount * s.hidden);
@@ -79,8 +79,9 @@ class BackwardScratch : public Layout {
   }
 };
 
-template <class T, class Cell>
+template <class T, class Sums, class Products>
 struct SequenceGradient {
+  using Cell = typename Sums::Cell;
   using S = typename Compute<T>::Scalar;
   static constexpr int kWidth = Compute<T>::kWidth;
   const SequenceBackward& call;
@@ -89,6 +90,8 @@ struct SequenceGradient {
   const RowTile& tile;
   const SequencePartial& partial;
   BackwardScratch<T> scratch;
+  const Sums sums;
+  const Products products;
   int64_t kept = 0;  // tokens of the chunk
 
   SequenceGradient(const SequenceBackward& call, const RowTile& tile, const SequencePartial& partial, void* memory)
@@ -97,7 +100,9 @@ struct SequenceGradient {
         shape(call.in.shape),
         tile(tile),
         partial(partial),
-        scratch(call.in.shape, tile.count, memory) {}
+        scratch(call.in.shape, tile.count, memory),
+        sums(shape, call.packed, scratch),
+        products(in, call.packed_back, scratch.capacity, scratch) {}
 
   // The step whose results the given one started from, or -1 where that is the initial state.
   int64_t step_before(int64_t place, int64_t step) const {
@@ -132,13 +137,13 @@ struct SequenceGradient {
                          shape.projected ? input_vector<T>(in, token_index(shape, step, tile.row[p])) : nullptr,
                          nullptr, scratch.operand + at * shape.state};
     }
-    all_sums<T, Cell>(scratch.rows, count, PackedWeights<T>(shape), call.packed,
-                      [&](int64_t p, int64_t unit, const Vector<T>(&sums)[kSumCount]) __attribute__((always_inline)) {
-                        const int units = hidden - unit < kWidth ? (int)(hidden - unit) : kWidth;
-                        const auto next = Cell::step(sums, Vector<T>{}, Vector<T>{});
-                        for (int s = 0; s < kSumCount; ++s)
-                          store_first(scratch.gates + (p * kSumCount + s) * hidden + unit, units, next.saved[s]);
-                      });
+    sums(scratch.rows, count,
+         [&](int64_t p, int64_t unit, const Vector<T>(&found)[kSumCount]) __attribute__((always_inline)) {
+           const int units = hidden - unit < kWidth ? (int)(hidden - unit) : kWidth;
+           const auto next = Cell::step(found, Vector<T>{}, Vector<T>{});
+           for (int s = 0; s < kSumCount; ++s)
+             store_first(scratch.gates + (p * kSumCount + s) * hidden + unit, units, next.saved[s]);
+         });
   }
 
   // The cell state that the step of row p started from, of some units.
@@ -155,7 +160,8 @@ struct SequenceGradient {
     const int64_t hidden = shape.hidden, row = tile.row[p], at = kept + p;
     const T* grad_output =
         call.grad_output ? (const T*)call.grad_output + token_index(shape, step, row) * hidden : nullptr;
-    S *dh = scratch.dh + p * hidden, *dc = scratch.dc + p * hidden, *sums = scratch.sums + at * scratch.sums_stride;
+    S *dh = scratch.dh + p * hidden, *dc = scratch.dc + p * hidden,
+      *grad_sums = scratch.sums + at * scratch.sums_stride;
     for (int64_t unit = 0; unit < hidden; unit += kWidth) {
       const int units = hidden - unit < kWidth ? (int)(hidden - unit) : kWidth;
       Vector<T> saved[kSumCount];
@@ -169,7 +175,7 @@ struct SequenceGradient {
       }
       const auto found =
           Cell::backward(saved, load_first(scratch.h + at * hidden + unit, units), c, c_next, grad_h, grad_c);
-      for (int s = 0; s < kSumCount; ++s) store_first(sums + s * hidden + unit, units, found.sums[s]);
+      for (int s = 0; s < kSumCount; ++s) store_first(grad_sums + s * hidden + unit, units, found.sums[s]);
       store_first(dh + unit, units, found.dh);
       if constexpr (Cell::kHasCellState) store_first(dc + unit, units, found.dc);
     }
@@ -177,20 +183,7 @@ struct SequenceGradient {
 
   // to = the gradient of W_hh's operand, or what is there and it.
   void past_hidden_weights(int64_t count, S* to, bool accumulate) {
-    const int64_t hidden = shape.hidden;
-    for (int i = 0; i < Cell::kHiddenRanges; ++i) {
-      const GateRange& range = Cell::kHidden[i];
-      const Product<T, S> product{scratch.hidden_sums + kept * scratch.sums_stride + range.sum * hidden,
-                                  scratch.sums_stride,
-                                  1,
-                                  (const T*)in.w_hh + range.row * hidden * shape.state,
-                                  to,
-                                  count,
-                                  shape.state,
-                                  range.count * hidden,
-                                  accumulate || i > 0};
-      product_part(product, 0, 1, 1);
-    }
+    products.to_hidden(scratch.hidden_sums + kept * scratch.sums_stride, scratch.sums_stride, count, to, accumulate);
   }
 
   // Nothing passes the begin of a segment.
@@ -222,12 +215,9 @@ struct SequenceGradient {
   // The products over the chunk's tokens.
   void flush() {
     if (kept == 0) return;
-    const int64_t hidden = shape.hidden, state = shape.state, input = shape.input, gates = gate_rows(shape);
+    const int64_t hidden = shape.hidden, state = shape.state, input = shape.input;
     if (call.dx) {
-      if (!shape.projected)
-        product_part(Product<T, S>{scratch.input_sums, scratch.sums_stride, 1, (const T*)in.w_ih, scratch.dx, kept,
-                                   input, gates},
-                     0, 1, 1);
+      if (!shape.projected) products.to_input(scratch.input_sums, scratch.sums_stride, kept, scratch.dx);
       for (int64_t at = 0; at < kept; ++at) {
         const auto [step, place] = scratch.token[at];
         const S* from = shape.projected ? scratch.input_sums + at * scratch.sums_stride : scratch.dx + at * input;
@@ -239,15 +229,9 @@ struct SequenceGradient {
       }
     }
     if (partial.dw_ih)
-      product_part(Product<S>{scratch.input_sums, 1, scratch.sums_stride, scratch.x, (S*)partial.dw_ih, gates, input,
-                              kept, true},
-                   0, 1, 1);
+      products.to_input_weight(scratch.input_sums, scratch.sums_stride, kept, scratch.x, (S*)partial.dw_ih);
     if (partial.dw_hh)
-      for (const GateRange& range : Cell::kHidden)
-        product_part(
-            Product<S>{scratch.hidden_sums + range.sum * hidden, 1, scratch.sums_stride, scratch.operand,
-                       (S*)partial.dw_hh + range.row * hidden * state, range.count * hidden, state, kept, true},
-            0, 1, 1);
+      products.to_hidden_weight(scratch.hidden_sums, scratch.sums_stride, kept, scratch.operand, (S*)partial.dw_hh);
     if (partial.dw_hr)
       product_part(
           Product<S>{scratch.fresh_dh, 1, state, scratch.unprojected, (S*)partial.dw_hr, state, hidden, kept, true}, 0,

@@ -8,16 +8,18 @@
 namespace seqrec_fast::SEQREC_TIER {
 
 template <class T, class Cell>
-struct OptionWalk final : SequenceWalk<T, Cell> {
-  using Base = SequenceWalk<T, Cell>;
-  using Base::call, Base::shape, Base::tile, Base::layout, Base::scratch, Base::now, Base::kWidth;
+struct OptionWalk final : SequenceWalk<T, LaneSums<T, Cell>> {
+  using Base = SequenceWalk<T, LaneSums<T, Cell>>;
+  using Base::call, Base::shape, Base::tile, Base::scratch, Base::now, Base::kWidth;
   using typename Base::S;
+  const PackedWeights<T> layout;
   Zoneout<T> zoneout_of_h, zoneout_of_c;
   const NormedSums<T, Cell> norm;
   const NormRow<T, 1> norm_of_c;
 
   OptionWalk(const SequenceForward& call, const RowTile& tile, void* memory)
       : Base(call, tile, memory),
+        layout(shape),
         zoneout_of_h(call.in.noise, MaskKind::kHiddenZoneout, shape.state, scratch.drops_of_h),
         zoneout_of_c(call.in.noise, MaskKind::kCellZoneout, shape.hidden, scratch.drops_of_c),
         norm(call.in),
@@ -143,12 +145,20 @@ struct OptionWalk final : SequenceWalk<T, Cell> {
   }
 };
 
-template <class T, class Cell>
+template <class T, class Sums>
+int64_t forward_bytes(const SequenceShape& shape, int64_t count) {
+  ForwardScratch<T, Sums> scratch(shape, count, nullptr);
+  Sums(shape, nullptr, scratch);
+  return scratch.bytes();
+}
+
+// Sums: of the plain step; options have LaneSums.
+template <class T, class Sums>
 void sequence_forward(const SequenceForward& call, const RowTile& tile, void* memory) {
   if (has_options(call.in.shape))
-    OptionWalk<T, Cell>(call, tile, memory).run();
+    OptionWalk<T, typename Sums::Cell>(call, tile, memory).run();
   else
-    SequenceWalk<T, Cell>(call, tile, memory).run();
+    SequenceWalk<T, Sums>(call, tile, memory).run();
 }
 
 }  // namespace seqrec_fast::SEQREC_TIER

@@ -8,8 +8,8 @@
 namespace seqrec_fast::SEQREC_TIER {
 
 template <class T, class Cell>
-struct OptionGradient final : SequenceGradient<T, Cell> {
-  using Base = SequenceGradient<T, Cell>;
+struct OptionGradient final : SequenceGradient<T, LaneSums<T, Cell>, LaneProducts<T, Cell>> {
+  using Base = SequenceGradient<T, LaneSums<T, Cell>, LaneProducts<T, Cell>>;
   using Base::call, Base::in, Base::shape, Base::tile, Base::scratch, Base::kept, Base::kWidth;
   using typename Base::S;
   Zoneout<T> zoneout_of_h, zoneout_of_c;
@@ -243,13 +243,24 @@ struct OptionGradient final : SequenceGradient<T, Cell> {
   }
 };
 
-template <class T, class Cell>
+template <class T, class Sums, class Products>
+int64_t backward_bytes(const SequenceShape& shape, int64_t count) {
+  BackwardScratch<T> scratch(shape, count, nullptr);
+  SequenceInputs in{};
+  in.shape = shape;
+  Sums(shape, nullptr, scratch);
+  Products(in, nullptr, scratch.capacity, scratch);
+  return scratch.bytes();
+}
+
+// Sums and Products: of the plain step; options have those by lanes.
+template <class T, class Sums, class Products>
 void sequence_backward(const SequenceBackward& call, const RowTile& tile, const SequencePartial& partial,
                        void* memory) {
   if (has_options(call.in.shape))
-    OptionGradient<T, Cell>(call, tile, partial, memory).run();
+    OptionGradient<T, typename Sums::Cell>(call, tile, partial, memory).run();
   else
-    SequenceGradient<T, Cell>(call, tile, partial, memory).run();
+    SequenceGradient<T, Sums, Products>(call, tile, partial, memory).run();
 }
 
 }  // namespace seqrec_fast::SEQREC_TIER

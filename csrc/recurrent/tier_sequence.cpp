@@ -2,60 +2,55 @@
 #include "by_scalar.h"
 #include "sequence_options.h"
 #include "sequence_options_backward.h"
+#include "sequence_tiles.h"
 
 namespace seqrec_fast::SEQREC_TIER {
 namespace {
 
-template <class T>
-struct PackedBytes {
-  static int64_t run(const SequenceShape& shape) {
-    const PackedWeights<T> layout(shape);
-    return layout.blocks_bytes() + (shape.has_w_hr ? shape.hidden * shape.state * (int64_t)sizeof(T) : 0);
+template <class Number, class SumsOf, class ProductsOf>
+struct Arithmetic {
+  using T = Number;
+  using Sums = SumsOf;
+  using Products = ProductsOf;
+};
+
+#if defined(SEQREC_TILES)
+template <class T, class Cell, int kParts>
+using Tiles = Arithmetic<T, TileSums<T, Cell, kParts>, TileProducts<T, Cell, kParts>>;
+#endif
+
+// use(Arithmetic): how the products of a type are formed. On tiles that is a question of how many bf16 parts hold its
+// numbers: one bf16, two fp16 and, by the switch for precision, one to three fp32.
+template <class T, class Cell, class Use>
+auto with_arithmetic(const SequenceShape& shape, const Use& use) {
+#if defined(SEQREC_TILES)
+  if constexpr (sizeof(T) < 8) {
+    const int parts = shape.scalar == Scalar::kBFloat16 ? 1 : shape.scalar == Scalar::kHalf ? 2 : 3 - shape.precision;
+    if (!has_options(shape)) {
+      if (parts == 1) return use(Tiles<T, Cell, 1>{});
+      if (parts == 2) return use(Tiles<T, Cell, 2>{});
+      if constexpr (sizeof(T) == 4) return use(Tiles<T, Cell, 3>{});
+    }
   }
+#endif
+  return use(Arithmetic<T, LaneSums<T, Cell>, LaneProducts<T, Cell>>{});
+}
+
+// use(Arithmetic) for the cell and the type of `shape`.
+template <class Use>
+struct ByCell {
+  template <class T>
+  struct Kernel {
+    static auto run(const SequenceShape& shape, const Use& use) {
+      return shape.kind == CellKind::kLstm ? with_arithmetic<T, LstmCell>(shape, use)
+                                           : with_arithmetic<T, GruCell>(shape, use);
+    }
+  };
 };
-template <class T>
-struct PackBlocks {
-  static int64_t run(const SequenceShape& shape) { return PackedWeights<T>(shape).blocks(); }
-};
-template <class T>
-struct Pack {
-  static void run(const SequenceInputs& in, void* packed, int64_t begin, int64_t end) {
-    if (in.shape.kind == CellKind::kLstm)
-      pack_sequence<T, LstmCell>(in, packed, begin, end);
-    else
-      pack_sequence<T, GruCell>(in, packed, begin, end);
-  }
-};
-template <class T>
-struct ForwardBytes {
-  static int64_t run(const SequenceShape& shape, int64_t count) {
-    return ForwardScratch<T>(shape, count, nullptr).bytes();
-  }
-};
-template <class T>
-struct Forward {
-  static void run(const SequenceForward& call, const RowTile& tile, void* scratch) {
-    if (call.in.shape.kind == CellKind::kLstm)
-      sequence_forward<T, LstmCell>(call, tile, scratch);
-    else
-      sequence_forward<T, GruCell>(call, tile, scratch);
-  }
-};
-template <class T>
-struct BackwardBytes {
-  static int64_t run(const SequenceShape& shape, int64_t count) {
-    return BackwardScratch<T>(shape, count, nullptr).bytes();
-  }
-};
-template <class T>
-struct Backward {
-  static void run(const SequenceBackward& call, const RowTile& tile, const SequencePartial& partial, void* scratch) {
-    if (call.in.shape.kind == CellKind::kLstm)
-      sequence_backward<T, LstmCell>(call, tile, partial, scratch);
-    else
-      sequence_backward<T, GruCell>(call, tile, partial, scratch);
-  }
-};
+template <class Use>
+auto dispatch(const SequenceShape& shape, const Use& use) {
+  return by_scalar<ByCell<Use>::template Kernel>(shape.scalar, shape, use);
+}
 
 template <class T>
 struct AddParts {
@@ -67,18 +62,38 @@ struct AddParts {
 }  // namespace
 
 const SequenceKernels sequence_kernels = {
-    [](const SequenceShape& shape) { return by_scalar<PackedBytes>(shape.scalar, shape); },
-    [](const SequenceShape& shape) { return by_scalar<PackBlocks>(shape.scalar, shape); },
+    [](const SequenceShape& shape) {
+      return dispatch(shape, [&]<class A>(A) { return A::Sums::packed_bytes(shape); });
+    },
+    [](const SequenceShape& shape) { return dispatch(shape, [&]<class A>(A) { return A::Sums::pack_blocks(shape); }); },
     [](const SequenceInputs& in, void* packed, int64_t begin, int64_t end) {
-      by_scalar<Pack>(in.shape.scalar, in, packed, begin, end);
+      dispatch(in.shape, [&]<class A>(A) { A::Sums::pack(in, packed, begin, end); });
     },
-    [](const SequenceShape& shape, int64_t count) { return by_scalar<ForwardBytes>(shape.scalar, shape, count); },
+    [](const SequenceShape& shape) {
+      return dispatch(shape, [&]<class A>(A) { return A::Products::packed_bytes(shape); });
+    },
+    [](const SequenceShape& shape) {
+      return dispatch(shape, [&]<class A>(A) { return A::Products::pack_blocks(shape); });
+    },
+    [](const SequenceInputs& in, void* packed, int64_t begin, int64_t end) {
+      dispatch(in.shape, [&]<class A>(A) { A::Products::pack(in, packed, begin, end); });
+    },
+    [](const SequenceShape& shape, int64_t count) {
+      return dispatch(shape, [&]<class A>(A) { return forward_bytes<typename A::T, typename A::Sums>(shape, count); });
+    },
     [](const SequenceForward& call, const RowTile& tile, void* scratch) {
-      by_scalar<Forward>(call.in.shape.scalar, call, tile, scratch);
+      dispatch(call.in.shape,
+               [&]<class A>(A) { sequence_forward<typename A::T, typename A::Sums>(call, tile, scratch); });
     },
-    [](const SequenceShape& shape, int64_t count) { return by_scalar<BackwardBytes>(shape.scalar, shape, count); },
+    [](const SequenceShape& shape, int64_t count) {
+      return dispatch(shape, [&]<class A>(A) {
+        return backward_bytes<typename A::T, typename A::Sums, typename A::Products>(shape, count);
+      });
+    },
     [](const SequenceBackward& call, const RowTile& tile, const SequencePartial& partial, void* scratch) {
-      by_scalar<Backward>(call.in.shape.scalar, call, tile, partial, scratch);
+      dispatch(call.in.shape, [&]<class A>(A) {
+        sequence_backward<typename A::T, typename A::Sums, typename A::Products>(call, tile, partial, scratch);
+      });
     },
     [](Scalar scalar, const void* const* parts, int64_t count, void* out, int64_t begin, int64_t end) {
       by_scalar<AddParts>(scalar, parts, count, out, begin, end);

@@ -95,7 +95,9 @@ static void sequence(const SequenceKernels& kernels, const SequenceShape& s, boo
                           gain_of_c, gain_of_c};
   const Array packed(kernels.packed_bytes(shape), 1), forward(kernels.forward_scratch(shape, s.rows), 1),
       backward(kernels.backward_scratch(shape, s.rows), 1);
+  const Array packed_back(kernels.packed_back_bytes(shape), 1);
   kernels.pack(in, packed, 0, kernels.pack_blocks(shape));
+  kernels.pack_back(in, packed_back, 0, kernels.pack_back_blocks(shape));
   kernels.forward({in, packed, output, h_n, c_n, cells, save_gates ? (void*)saved : nullptr}, tile, forward);
 
   const Array dx(tokens * input, w), dh(s.rows * s.state, w), dc(s.rows * s.hidden, w), dw_ih(gates * input, wide),
@@ -103,7 +105,7 @@ static void sequence(const SequenceKernels& kernels, const SequenceShape& s, boo
       dgain_of_c(s.hidden, wide), total(gates * s.state, w);
   const auto if_has = [](bool has, const Array& array) { return has ? (void*)array : nullptr; };
   kernels.backward(
-      {in, packed, output, cells, save_gates ? (void*)saved : nullptr, output, h_n, c_n, dx, false, dh, dc}, tile,
+      {in, packed, packed_back, output, cells, save_gates ? (void*)saved : nullptr, output, h_n, c_n, dx, false, dh, dc}, tile,
       {if_has(!s.projected, dw_ih), dw_hh, db, if_has(s.has_w_hr, dw_hr), if_has(s.has_norm, dgain),
        if_has(s.has_norm, dgain), if_has(s.has_norm && s.kind == CellKind::kLstm, dgain_of_c),
        if_has(s.has_norm && s.kind == CellKind::kLstm, dgain_of_c)},

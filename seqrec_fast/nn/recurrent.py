@@ -169,7 +169,10 @@ class _Recurrent(nn.RNNBase):
             raise ValueError(f"{name}: Expected input to be 2D or 3D, got {data.dim()}D instead")
         autocast = autocast_enabled(data.device.type)
         if data.dtype != weight.dtype and not (autocast and data.is_floating_point()):
-            raise ValueError(f"{name}: input dtype ({data.dtype}) does not match weight dtype ({weight.dtype})")
+            raise ValueError(
+                f"{name}: RNN input dtype ({data.dtype}) does not match weight dtype ({weight.dtype}). "
+                f"Convert input: input.to({weight.dtype}), or convert model: model.to({data.dtype})"
+            )
         if data.device != weight.device:
             raise RuntimeError(f"{name}: input is on {data.device} and the weights are on {weight.device}")
         if data.shape[-1] != self.input_size:

@@ -80,9 +80,9 @@ def numbers(value: Any) -> list[Tensor]:
     return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
-def gradients(results: Any, leaves: list[Tensor]) -> tuple[Tensor, ...]:
+def gradients(results: Any, leaves: list[Tensor], **options: bool) -> tuple[Tensor, ...]:
     """Of a loss that weighs every element of the results differently."""
     weighed = [
         (part * torch.linspace(-1, 1, part.numel(), dtype=part.dtype).view_as(part)).sum() for part in numbers(results)
     ]
-    return torch.autograd.grad(torch.stack(weighed).sum(), leaves)
+    return torch.autograd.grad(torch.stack(weighed).sum(), leaves, **options)

@@ -66,13 +66,24 @@ class _Cell(nn.RNNCellBase):
             raise self._in_torch_terms(input, state, again) from None
 
     def _in_torch_terms(self, input: Any, state: tuple[Any, ...], error: Exception) -> Exception:
-        """torch.nn raises ValueError for a number of dimensions and RuntimeError for sizes, dtypes and devices."""
+        """torch.nn's words, and its types: ValueError for a number of dimensions, RuntimeError for sizes, dtypes and devices."""
         name = type(self).__name__
-        for what, value in (("input", input), *(("hx", part) for part in state)):
+        hidden = ("hidden",) if len(state) == 1 else ("hx[0]", "hx[1]")
+        for what, value in (("input", input), *zip(hidden, state, strict=False)):
             if not isinstance(value, Tensor):
                 return TypeError(f"{name}: {what} must be a tensor, got {type(value).__name__}")
             if value.dim() not in (1, 2):
                 return ValueError(f"{name}: Expected {what} to be 1D or 2D, got {value.dim()}D instead")
+        if input.shape[-1] != self.input_size:
+            got = f"got {input.shape[-1]} expected {self.input_size}"
+            return RuntimeError(f"{name}: input has inconsistent input_size: {got}")
+        for number, part in enumerate(state):
+            if part.shape[-1] != self.hidden_size:
+                got = f"got {part.shape[-1]}, expected {self.hidden_size}"
+                return RuntimeError(f"{name}: hidden{number} has inconsistent hidden_size: {got}")
+            if input.dim() == part.dim() == 2 and len(input) != len(part):
+                sizes = f"Input batch size {len(input)} doesn't match hidden{number} batch size {len(part)}"
+                return RuntimeError(f"{name}: {sizes}")
         return RuntimeError(f"{name}: {error}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, TypeVar
 
 import torch
@@ -78,6 +79,11 @@ class _Recurrent(nn.RNNBase):
             for names in self._all_weights:
                 parameter = getattr(self, _PARAMETER_OF[extra] + names[0].removeprefix("weight_ih"))
                 nn.init.constant_(parameter, 0.0 if extra == "ln_c_bias" else 1.0)
+
+    def _init_flat_weights(self) -> None:
+        """torch's list of weights, but of parameters alone: a computed weight's graph would be kept, and forbid copies."""
+        self._flat_weights = [self._parameters.get(name) for name in self._flat_weights_names]
+        self._flat_weight_refs = [None if weight is None else weakref.ref(weight) for weight in self._flat_weights]
 
     def flatten_parameters(self) -> None:
         """Nothing: weights may lie anywhere."""
@@ -169,7 +175,10 @@ class _Recurrent(nn.RNNBase):
             raise ValueError(f"{name}: Expected input to be 2D or 3D, got {data.dim()}D instead")
         autocast = autocast_enabled(data.device.type)
         if data.dtype != weight.dtype and not (autocast and data.is_floating_point()):
-            raise ValueError(f"{name}: input dtype ({data.dtype}) does not match weight dtype ({weight.dtype})")
+            raise ValueError(
+                f"{name}: RNN input dtype ({data.dtype}) does not match weight dtype ({weight.dtype}). "
+                f"Convert input: input.to({weight.dtype}), or convert model: model.to({data.dtype})"
+            )
         if data.device != weight.device:
             raise RuntimeError(f"{name}: input is on {data.device} and the weights are on {weight.device}")
         if data.shape[-1] != self.input_size:

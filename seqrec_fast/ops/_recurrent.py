@@ -9,12 +9,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence
 
-from .._operator import wants_gradient
+from .._operator import tracing, transforms_active, wants_gradient
 from .._precision import autocast_enabled, current_precision
 from ..backends.reference._calls import SAVE_GATES, SAVE_NOTHING, SAVE_STATES, SequenceCall
 from ..backends.reference._philox import INPUT_DROPOUT, WEIGHT_DROPOUT, stream_of
+from ..backends.reference._sequence import check_lengths
+from ._packed import padded, repacked
 from ._random import draw_seed, keyed_dropout
 from ._recurrent_arguments import Options, Weights, check_lengths_and_reset
 
@@ -119,7 +121,7 @@ def sequence(
         if lengths is not None:
             raise ValueError(f"{operator}: lengths cannot go with a PackedSequence, which has its own")
         options = replace(options, batch_first=False)
-        tokens, lengths = pad_packed_sequence(packed)  # [T, B, I], rows in the caller's order
+        tokens, lengths = padded(packed)  # [T, B, I], rows in the caller's order
     else:
         assert isinstance(input, Tensor)
         tokens = input
@@ -133,6 +135,8 @@ def sequence(
             reset = None if reset is None else reset[None]
     rows, steps = tokens.shape[:2] if options.batch_first else (tokens.shape[1], tokens.shape[0])
     check_lengths_and_reset(operator, tokens, rows, steps, lengths, reset)
+    if lengths is not None and transforms_active() and not tracing():
+        _check_mapped_lengths(operator, lengths, steps)
     inputs, ids = ((tokens,) * options.directions, None) if tables is None else (tables, tokens)
     inputs, hx, weights, no_autocast = _follow_autocast(inputs, hx, weights)
     if hx is None:
@@ -140,10 +144,22 @@ def sequence(
     with no_autocast:
         output, finals = layers(layer, inputs, hx, weights, options, ids, lengths, reset)
     if packed is not None:
-        return output if options.last_only else _repack(output, packed), finals
+        return output if options.last_only else repacked(output, packed), finals
     if not batched:
         return output.squeeze(0 if options.last_only else 1), tuple(part.squeeze(1) for part in finals)
     return output, finals
+
+
+def _check_mapped_lengths(operator: str, lengths: Tensor, steps: int) -> None:
+    """What a kernel checks where it reads lengths, for the formula, which takes any. lengths [B], perhaps mapped over."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(lengths):
+        place = torch._C._functorch.maybe_get_bdim(lengths)
+        lengths = torch._C._functorch.get_unwrapped(lengths)
+        lengths = lengths if place < 0 else lengths.movedim(place, 0)
+    if lengths.device.type == "cpu" and lengths.numel() and type(lengths) is Tensor:
+        of_each_row = lengths.reshape(-1, lengths.shape[-1])  # [M, B], M calls at once
+        for extreme in (of_each_row.amin(0), of_each_row.amax(0)):
+            check_lengths(operator, extreme, steps)
 
 
 def zero_states(x: Tensor, rows: int, cell: Weights, count: int, operator: str) -> States:
@@ -152,15 +168,6 @@ def zero_states(x: Tensor, rows: int, cell: Weights, count: int, operator: str) 
     if operator != "lstm":
         return (h,)
     return h, x.new_zeros((count, rows, cell.w_hh.shape[0] // 4))
-
-
-def _repack(output: Tensor, like: PackedSequence) -> PackedSequence:
-    """[T, B, P], rows in the caller's order, as a PackedSequence with the batch sizes and indices of ``like``."""
-    if like.sorted_indices is not None:
-        output = output.index_select(1, like.sorted_indices)
-    steps_running = torch.arange(output.shape[1])[:, None] < like.batch_sizes  # [B, T]
-    data = pack_padded_sequence(output, steps_running.sum(1)).data
-    return PackedSequence(data, like.batch_sizes, like.sorted_indices, like.unsorted_indices)
 
 
 def _follow_autocast(

@@ -101,6 +101,7 @@ BAD: list[tuple[tuple[Any, ...], type[Exception]]] = [
     ((torch.zeros(B, I), (B + 1, H)), RuntimeError),
     ((torch.zeros(B, I), (B, H + 1)), RuntimeError),
     ((torch.zeros(B, I), (1, B, H)), ValueError),
+    ((torch.zeros(B, I), (B, H), torch.float64), RuntimeError),
 ]
 
 
@@ -108,7 +109,7 @@ BAD: list[tuple[tuple[Any, ...], type[Exception]]] = [
 @pytest.mark.parametrize(("args", "error"), BAD)
 def test_bad_input_raises_what_torch_raises(ours: Any, stock: Any, args: Any, error: type[Exception]) -> None:
     x, *hx = args
-    hx = [state(ours, *hx[0])] if hx else []
+    hx = [state(ours, *hx[0], dtype=hx[1] if len(hx) > 1 else torch.float32)] if hx else []
     with pytest.raises(error):
         stock(I, H)(x, *hx)
     with pytest.raises(error, match=f"^{ours.__name__}: "):

@@ -147,6 +147,24 @@ def test_ids_out_of_range(wrong: int, projected: bool) -> None:
         sf.lstm_embedding(ids, table, module, lengths=LENGTHS)
 
 
+@pytest.mark.parametrize("wrong", [-1, N])
+def test_ids_out_of_range_within_a_transform(wrong: int) -> None:
+    """Where the formula runs instead of a kernel. Padding is not looked at there either."""
+    module = sf.LSTM(I, H, batch_first=True)
+    ids, table = arguments()
+    beyond = torch.arange(T) >= LENGTHS[:, None]
+
+    def call(ids: Tensor) -> Tensor:
+        output: Tensor = sf.lstm_embedding(ids, table, module, lengths=LENGTHS)[0]
+        return output
+
+    mapped = torch.vmap(call)(torch.stack([ids, ids.masked_fill(beyond, wrong)]))
+    assert torch.equal(mapped[0], mapped[1])
+    ids[0, 3] = wrong
+    with pytest.raises(IndexError):
+        torch.vmap(call)(ids[None])
+
+
 def test_bad_arguments() -> None:
     module = sf.LSTM(I, H, batch_first=True)
     ids, table = torch.zeros(B, T, dtype=torch.int64), torch.zeros(N, I)

@@ -300,7 +300,9 @@ def plain_input_part(call: SequenceCall, valid: Tensor | None) -> Tensor:
         tokens = tokens.transpose(0, 1)
     if call.ids is not None:
         ids = tokens.long() if valid is None else tokens.long().masked_fill(~valid[..., 0], 0)
-        tokens = call.x[ids] if ids.device.type == "cpu" else lookup(call.x, ids)
+        # On the CPU an id below 0 would be counted from the end: let it be refused as one too large is.
+        on_cpu = ids.device.type == "cpu"
+        tokens = call.x[ids.masked_fill(ids < 0, call.x.shape[0])] if on_cpu else lookup(call.x, ids)
     x = tokens.to(wide)  # [T, B, I]
     if valid is not None:
         x = x.masked_fill(~valid, 0)

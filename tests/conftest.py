@@ -9,6 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from seqrec_fast import _native
+
+native = torch.ops.seqrec_fast_native
+TIERS = _native.TIERS[: native.highest_cpu_tier.default() + 1] if _native.MISSING is None else ()
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -35,3 +39,11 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"real data is not here (looked in {folder}; set SEQREC_FAST_DATA)")
     return folder
+
+
+@pytest.fixture(params=range(len(TIERS)), ids=TIERS)
+def tier(request: pytest.FixtureRequest) -> Iterator[int]:
+    """The test runs in this CPU tier of the compiled library, of those that this processor has."""
+    native.set_cpu_tier.default(request.param)
+    yield request.param
+    native.set_cpu_tier.default(_native.TIERS.index(_native.CPU_TIER))

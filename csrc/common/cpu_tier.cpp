@@ -1,5 +1,9 @@
 #include "common/cpu_tier.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include <atomic>
 #include <cstdint>
 
@@ -13,6 +17,14 @@ namespace {
 
 std::atomic<int> chosen{0};
 
+#if defined(__x86_64__)
+// Tile registers and their bf16 product; the compiler's own test does not know them.
+bool has_tiles() {
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx >> 24 & 1) && (edx >> 22 & 1);
+}
+#endif
+
 // The best tier the processor (and the operating system, as far as it must save the wider registers) supports.
 int64_t highest_cpu_tier() {
 #if defined(__x86_64__)
@@ -20,8 +32,8 @@ int64_t highest_cpu_tier() {
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  // AMX needs a permission that torch asks the kernel for; here only its own vector instructions are looked at.
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) return static_cast<int>(CpuTier::kAmx);
+  // AMX also needs a permission, for which torch asks the operating system.
+  if (avx512 && __builtin_cpu_supports("avx512bf16") && has_tiles()) return static_cast<int>(CpuTier::kAmx);
   if (avx512) return static_cast<int>(CpuTier::kAvx512);
   if (avx2) return static_cast<int>(CpuTier::kAvx2);
 #endif

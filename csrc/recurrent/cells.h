@@ -28,8 +28,9 @@ SEQREC_INLINE LstmStates<F64> lstm_states(F64 zi, F64 zf, F64 zg, F64 zo, F64 c)
   return {a.o * tanh(c_next), c_next, a};
 }
 
-// i·g and o·tanh(c) are one quotient each: three divisions instead of five. The limits keep the product of two
-// denominators finite; below e^-60 a gate is closed for every c that fp32 can tell apart from what it adds to.
+// i·g and o·tanh(c) are one quotient each: three divisions instead of five. The gates, where they are saved, are
+// quotients of their own, so that a NaN in one does not reach another. The limits keep the product of two denominators
+// finite; below e^-60 a gate is closed for every c that fp32 can tell apart from what it adds to.
 SEQREC_INLINE LstmStates<F32> lstm_states(F32 zi, F32 zf, F32 zg, F32 zo, F32 c) {
   const F32 one_i = one_plus_exp(-zi, 60.0f), one_f = one_plus_exp(-zf, 88.0f), one_o = one_plus_exp(-zo, 60.0f);
   const F32 minus_g = expm1_of(zg * -2.0f), two_g = minus_g + 2.0f;
@@ -37,7 +38,7 @@ SEQREC_INLINE LstmStates<F32> lstm_states(F32 zi, F32 zf, F32 zg, F32 zo, F32 c)
   const F32 c_next = fma(f, c, -minus_g * in);
   const F32 minus_c = expm1_of(c_next * -2.0f), two_c = minus_c + 2.0f;
   const F32 out = 1.0f / (one_o * two_c);
-  return {-minus_c * out, c_next, {in * two_g, f, -minus_g * in * one_i, out * two_c}};
+  return {-minus_c * out, c_next, {1.0f / one_i, f, -minus_g / two_g, 1.0f / one_o}};
 }
 
 // tanh' = 1 - tanh², rounded once: near saturation the square alone would lose most of it.

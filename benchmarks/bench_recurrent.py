@@ -220,6 +220,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", help="also write the rows to this JSON file")
     options = parser.parse_args()
+    if options.options and (options.ragged or options.out):
+        parser.error("--options goes with neither --ragged nor --out")
     cases = [
         Case(operator, rows, steps, width, name == "training", getattr(torch, options.dtype), options.ragged)
         for operator in options.operators

@@ -43,6 +43,7 @@ class Operator:
         native: ``supports`` of the C++ implementation, or None where there is none.
         triton: name of the module in ``seqrec_fast.backends.triton`` that defines ``supports`` and the implementation, a function
             called ``name``. It is imported when first asked for, so that importing the package does not import Triton.
+        of_every_backend: no kernel of its own, but part of what calls of every backend do: runs whichever is asked for by name.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Operator:
         describe: Callable[..., Spec],
         native: Supports | None = None,
         triton: str | None = None,
+        of_every_backend: bool = False,
     ) -> None:
         if name not in SCHEMAS:
             raise KeyError(f"{name} has no schema in seqrec_fast/_schema.py")
@@ -61,6 +63,7 @@ class Operator:
         self.describe = describe
         self.reference = reference
         self.fake = fake
+        self.of_every_backend = of_every_backend
         self.function: Any = None
         self.apply: Any = None
         self.apply_native: Any = None
@@ -112,6 +115,8 @@ class Operator:
         spec = self.describe(*args)
         if spec.device == "meta":
             return self.fake(*args)  # shapes alone, whatever the backend in force
+        if self.of_every_backend:
+            forced = _dispatch.AUTO
         backend = _dispatch.choose(spec) if forced is None else _dispatch.choose_forced(spec, forced)
         return self._backends[backend](*args)
 

@@ -4,6 +4,8 @@
 
 #include <stdint.h>
 
+#include "common/cpu_tier.h"
+
 namespace seqrec_fast {
 
 enum class Format : int { kF32, kF64, kBF16, kF16 };
@@ -68,17 +70,6 @@ struct RankKernels {
                 int64_t num_items, void* scratch);
 };
 
-namespace tier_default {
-RankKernels rank_kernels();
-}
-namespace tier_avx2 {
-RankKernels rank_kernels();
-}
-namespace tier_avx512 {
-RankKernels rank_kernels();
-}
-namespace tier_amx {
-RankKernels rank_kernels();
-}
+SEQREC_TIER_TABLES(RankKernels, rank_kernels)
 
 }  // namespace seqrec_fast

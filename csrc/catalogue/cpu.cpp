@@ -19,29 +19,12 @@
 
 #include "catalogue/call.h"
 #include "common/check.h"
-#include "common/cpu_tier.h"
 
 namespace seqrec_fast {
 namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-RankKernels kernels() {
-#if defined(__x86_64__)
-  switch (cpu_tier()) {
-    case CpuTier::kAmx:
-      return tier_amx::rank_kernels();
-    case CpuTier::kAvx512:
-      return tier_avx512::rank_kernels();
-    case CpuTier::kAvx2:
-      return tier_avx2::rank_kernels();
-    default:
-      break;
-  }
-#endif
-  return tier_default::rank_kernels();
-}
 
 // Ranks are the same everywhere, so a thread that was told to flush denormals (torch.set_flush_denormal) stops doing so
 // here.
@@ -355,7 +338,7 @@ Tensor catalogue_rank(const Tensor& query, const Tensor& items, const Tensor& ta
   if (rows.empty()) return rank;
   std::vector<double> goal(rows.size());
   call.goal = goal.data();
-  const RankKernels kernel = kernels();
+  const RankKernels& kernel = SEQREC_CHOSEN_TABLE(rank_kernels);
   prepare_rows(call, kernel);
   count_tasks(call, kernel);
   return rank;

@@ -62,6 +62,6 @@ void count(const RankCall& call, const RankPlan& plan, int64_t first_row, int64_
 
 }  // namespace
 
-RankKernels rank_kernels() { return {make_plan, target_scores, excluded_above, count}; }
+const RankKernels rank_kernels = {make_plan, target_scores, excluded_above, count};
 
 }  // namespace seqrec_fast::SEQREC_TIER

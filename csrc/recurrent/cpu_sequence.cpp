@@ -8,7 +8,6 @@
 #include <utility>
 #include <vector>
 
-#include "common/cpu_tier.h"
 #include "recurrent/cpu_call.h"
 #include "recurrent/sequence.h"
 
@@ -17,21 +16,7 @@ namespace {
 
 using Optional = std::optional<Tensor>;
 
-const SequenceKernels& kernels() {
-#if defined(__x86_64__)
-  switch (cpu_tier()) {
-    case CpuTier::kAmx:
-      return tier_amx::sequence_kernels;
-    case CpuTier::kAvx512:
-      return tier_avx512::sequence_kernels;
-    case CpuTier::kAvx2:
-      return tier_avx2::sequence_kernels;
-    case CpuTier::kDefault:
-      break;
-  }
-#endif
-  return tier_default::sequence_kernels;
-}
+const SequenceKernels& kernels() { return SEQREC_CHOSEN_TABLE(sequence_kernels); }
 
 // What a scalar is computed in.
 size_t wide_bytes(Scalar scalar) { return scalar == Scalar::kDouble ? 8 : 4; }
@@ -90,10 +75,10 @@ SequenceNoise noise_of(const Arguments& a) {
   SequenceNoise noise{};
   noise.zoneout = a.zoneout;
   if (!a.seed) return noise;
-  check_value(a.seed->numel() == 1 && a.seed->scalar_type() == ScalarType::Long, a.operator_name,
-              ": seed must be one int64 number");
+  check_value(a.seed->numel() == 1 && a.seed->scalar_type() == ScalarType::Long && a.seed->is_cpu(), a.operator_name,
+              ": seed must be one int64 number on the CPU");
   noise.drawn = true;
-  noise.seed = *(const uint64_t*)a.seed->const_data_ptr();
+  noise.seed = *(const uint64_t*)check_allocated(a.seed->const_data_ptr(), 1);
   noise.stream = (uint32_t)a.stream;
   noise.zoneout_below = drops_below(a.zoneout);
   noise.dropout_below = drops_below(a.recurrent_dropout);

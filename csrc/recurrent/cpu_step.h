@@ -5,26 +5,9 @@
 #include <memory>
 #include <vector>
 
-#include "common/cpu_tier.h"
 #include "recurrent/cpu_call.h"
 
 namespace seqrec_fast {
-
-inline const RecurrentKernels& recurrent_kernels() {
-#if defined(__x86_64__)
-  switch (cpu_tier()) {
-    case CpuTier::kAmx:
-      return tier_amx::recurrent_kernels;
-    case CpuTier::kAvx512:
-      return tier_avx512::recurrent_kernels;
-    case CpuTier::kAvx2:
-      return tier_avx2::recurrent_kernels;
-    case CpuTier::kDefault:
-      break;
-  }
-#endif
-  return tier_default::recurrent_kernels;
-}
 
 struct StepCell {
   const char* name;  // of its operator
@@ -32,7 +15,7 @@ struct StepCell {
   bool has_cell_state;
   const StepKernels RecurrentKernels::* kernels;
 
-  const StepKernels& chosen() const { return recurrent_kernels().*kernels; }
+  const StepKernels& chosen() const { return SEQREC_CHOSEN_TABLE(recurrent_kernels).*kernels; }
 };
 
 // The arguments of a step, of every form of it.

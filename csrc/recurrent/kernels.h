@@ -4,6 +4,8 @@
 
 #include <stdint.h>
 
+#include "common/cpu_tier.h"
+
 namespace seqrec_fast {
 
 enum class Scalar : int { kFloat, kDouble, kBFloat16, kHalf };
@@ -71,19 +73,6 @@ struct RecurrentKernels {
   StepKernels lstm, gru;
 };
 
-namespace tier_default {
-extern const RecurrentKernels recurrent_kernels;
-}
-#if defined(__x86_64__)
-namespace tier_avx2 {
-extern const RecurrentKernels recurrent_kernels;
-}
-namespace tier_avx512 {
-extern const RecurrentKernels recurrent_kernels;
-}
-namespace tier_amx {
-extern const RecurrentKernels recurrent_kernels;
-}
-#endif
+SEQREC_TIER_TABLES(RecurrentKernels, recurrent_kernels)
 
 }  // namespace seqrec_fast

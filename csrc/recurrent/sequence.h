@@ -116,19 +116,6 @@ struct SequenceKernels {
   void (*add_parts)(Scalar, const void* const* parts, int64_t count, void* out, int64_t begin, int64_t end);
 };
 
-namespace tier_default {
-extern const SequenceKernels sequence_kernels;
-}
-#if defined(__x86_64__)
-namespace tier_avx2 {
-extern const SequenceKernels sequence_kernels;
-}
-namespace tier_avx512 {
-extern const SequenceKernels sequence_kernels;
-}
-namespace tier_amx {
-extern const SequenceKernels sequence_kernels;
-}
-#endif
+SEQREC_TIER_TABLES(SequenceKernels, sequence_kernels)
 
 }  // namespace seqrec_fast

@@ -9,6 +9,7 @@
 
 #include "common/tile_product.h"
 #include "sequence_lanes.h"
+#include "sum_gates.h"
 
 #if defined(SEQREC_TILES)
 namespace seqrec_fast::SEQREC_TIER {
@@ -95,17 +96,11 @@ class TileSums {
     }
   }
 
-  // The gate whose product with x (or h) goes into a sum; -1 where none does.
-  static constexpr int gate_of(const int (&sum_of_gate)[Cell::kGates], int sum) {
-    for (int g = 0; g < Cell::kGates; ++g)
-      if (sum_of_gate[g] == sum) return g;
-    return -1;
-  }
-  // Of kColumns sums from `first` on, those that a gate has.
+  // Of kColumns sums from `first` on, those that a gate has; see SumGates.
   template <int kColumns>
-  static constexpr int present(const int (&sum_of_gate)[Cell::kGates], int first) {
+  static constexpr int present(const int (&gate_of_sum)[kSumCount], int first) {
     int bits = 0;
-    for (int i = 0; i < kColumns; ++i) bits |= (gate_of(sum_of_gate, first + i) >= 0) << i;
+    for (int i = 0; i < kColumns; ++i) bits |= (gate_of_sum[first + i] >= 0) << i;
     return bits;
   }
 
@@ -122,14 +117,14 @@ class TileSums {
   // += the products of one kind of input for the sums kFirst … kFirst + kColumns - 1.
   template <int kGroups, int kFirst, int kPresent>
   SEQREC_INLINE void add(const TileImage* left, int64_t group_images, const TileImage* weights, int64_t chunks,
-                         const int (&sum_of_gate)[Cell::kGates]) {
+                         const int (&gate_of_sum)[kSumCount]) {
     constexpr int kColumns = 4 / kGroups;
     if constexpr (kPresent != 0)
       for (int64_t i = 0; i < chunks * kParts; i += kParts) {
         const TileImage* right[kColumns];
 #pragma GCC unroll 4
         for (int n = 0; n < kColumns; ++n)
-          right[n] = kPresent >> n & 1 ? weights + gate_of(sum_of_gate, kFirst + n) * chunks * kParts + i : nullptr;
+          right[n] = kPresent >> n & 1 ? weights + gate_of_sum[kFirst + n] * chunks * kParts + i : nullptr;
         TileSquare<kGroups, kColumns>::template multiply<kParts, kPresent>(left + i, group_images, right);
       }
   }
@@ -147,12 +142,12 @@ class TileSums {
     }
     const TileImage* const weights = layout_.images(packed_, block);
     if (rows[0].x)
-      add<kGroups, kFirst, present<kColumns>(Cell::kInputSum, kFirst)>(left_, group_images(), weights,
-                                                                       layout_.input_chunks, Cell::kInputSum);
+      add<kGroups, kFirst, present<kColumns>(kSumGates<Cell>.input, kFirst)>(
+          left_, group_images(), weights, layout_.input_chunks, kSumGates<Cell>.input);
     if (rows[0].h)
-      add<kGroups, kFirst, present<kColumns>(Cell::kHiddenSum, kFirst)>(
+      add<kGroups, kFirst, present<kColumns>(kSumGates<Cell>.hidden, kFirst)>(
           left_ + layout_.input_chunks * kParts, group_images(), weights + layout_.hidden_image(),
-          layout_.hidden_chunks, Cell::kHiddenSum);
+          layout_.hidden_chunks, kSumGates<Cell>.hidden);
   }
 
   template <int kGroups, class Use>

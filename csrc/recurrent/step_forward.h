@@ -2,8 +2,6 @@
 // step_backward.h.
 #pragma once
 
-#include <algorithm>
-
 #include "common/gemm.h"
 #include "common/lanes.h"
 #include "kernels.h"
@@ -25,6 +23,9 @@ struct StepRows {
   const S *x, *h;
 };
 
+// The rows of a weight to point at where a sum has no gate: none of them is read.
+SEQREC_INLINE int some_gate(int gate) { return gate < 0 ? 0 : gate; }
+
 // kRows rows × four units of kCount sums, from `sum` on; unit_stride 0 computes the same unit four times. What does not
 // enter these sums has no depth.
 template <class Cell, int kRows, int kCount, class T, class S>
@@ -34,8 +35,8 @@ SEQREC_INLINE void make_sums(const StepForward& step, const StepRows<S>& rows, i
   Vector<T> acc[kRows][4 * kCount] = {};
   const T *w_ih[kCount], *w_hh[kCount];
   for (int i = 0; i < kCount; ++i) {
-    w_ih[i] = (const T*)step.w_ih + (std::max(kSumGates<Cell>.input[sum + i], 0) * hidden + unit) * input;
-    w_hh[i] = (const T*)step.w_hh + (std::max(kSumGates<Cell>.hidden[sum + i], 0) * hidden + unit) * projected;
+    w_ih[i] = (const T*)step.w_ih + (some_gate(kSumGates<Cell>.input[sum + i]) * hidden + unit) * input;
+    w_hh[i] = (const T*)step.w_hh + (some_gate(kSumGates<Cell>.hidden[sum + i]) * hidden + unit) * projected;
   }
   accumulate_dots<kRows, kCount>(acc, rows.x + row * input, input, w_ih, unit_stride * input, depth_x);
   accumulate_dots<kRows, kCount>(acc, rows.h + row * projected, projected, w_hh, unit_stride * projected, depth_h);
@@ -55,7 +56,7 @@ SEQREC_INLINE void all_sums(const StepForward& step, const StepRows<S>& rows, in
   constexpr int kAccumulators = kDotRows * 4;
   constexpr int kFit = kRows * 16 <= kAccumulators ? 4 : kRows * 8 <= kAccumulators ? 2 : 1;
   constexpr SumGates<Cell> kGates = kSumGates<Cell>;
-  constexpr int kCount = std::min(kFit, kGates.shared);
+  constexpr int kCount = kFit < kGates.shared ? kFit : kGates.shared;
   static_assert(kGates.shared % kCount == 0);
   const int64_t input = step.sizes.input, projected = step.sizes.projected;
   for (int sum = 0; sum < kGates.shared; sum += kCount)

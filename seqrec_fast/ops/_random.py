@@ -40,6 +40,7 @@ DRAW_SEED = Operator(
     reference=reference.draw_seed,
     fake=lambda device: torch.empty((), dtype=torch.int64, device=device),
     describe=lambda device: Spec("draw_seed", torch.device(device).type, torch.int64),
+    of_every_backend=True,
 )
 KEYED_DROPOUT = Operator(
     "keyed_dropout",

@@ -18,7 +18,7 @@ KINDS = {"lstm": (sf.lstm, 4), "gru": (sf.gru, 3)}
 
 @pytest.fixture(autouse=True)
 def one_seed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Masks from the same seed in every run; drawing one has no native implementation, which a forced backend would ask for."""
+    """Masks from the same seed in every run, one that has all 64 bits."""
     monkeypatch.setattr("seqrec_fast.ops._recurrent.draw_seed", lambda device: torch.tensor(-0x1234_5678_9ABC_DEF0))
 
 
@@ -267,3 +267,19 @@ def test_a_direct_call_stays_within_its_arrays(changes: dict[str, Any], error: t
 def test_no_option_falls_back(kind: str, option: str) -> None:
     with sf.use_backend("native"):  # would raise
         run(kind, torch.randn(3, 2, 5), weights_of(kind, 5, 6, option=option), **OPTIONS[option])
+
+
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+@pytest.mark.parametrize("option", ["zoneout", "recurrent_dropout"])
+def test_masks_are_drawn_whichever_backend_is_asked_for(
+    kind: str, option: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()  # torch's own generator
+    x, weights = torch.randn(5, 3, 4), weights_of(kind, 4, 6)
+    found = []
+    for backend in ("auto", "native", "reference"):
+        torch.manual_seed(3)
+        with sf.use_backend(backend):
+            found.append(getattr(sf, kind)(x, None, weights, training=True, **{option: 0.4})[0])
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+    torch.testing.assert_close(found[2], found[0])

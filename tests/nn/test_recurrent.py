@@ -10,14 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from recurrent_pairs import OURS, PAIRS
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
 
 import seqrec_fast as sf
 
-PAIRS = [pytest.param(sf.LSTM, nn.LSTM, id="LSTM"), pytest.param(sf.GRU, nn.GRU, id="GRU")]
-OURS = [pytest.param(sf.LSTM, id="LSTM"), pytest.param(sf.GRU, id="GRU")]
 T, B, I, H = 7, 3, 4, 5
 LENGTHS = torch.tensor([2, 7, 5])
 

@@ -6,22 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from recurrent_pairs import OURS, loss
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 import seqrec_fast as sf
 from seqrec_fast import _native
-
-OURS = [pytest.param(sf.LSTM, id="LSTM"), pytest.param(sf.GRU, id="GRU")]
-
-
-def leaves(results: Any) -> list[Tensor]:
-    return list(torch.utils._pytree.tree_leaves(results))
-
-
-def loss(results: Any) -> Tensor:
-    total: Tensor = torch.stack([part.sin().sum() for part in leaves(results)]).sum()
-    return total
-
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 OPTIONS: list[dict[str, Any]] = [
@@ -49,7 +39,7 @@ def test_same_bits_for_any_thread_count(ours: Any, options: dict[str, Any], dtyp
         torch.set_num_threads(threads)
         torch.manual_seed(1)
         results = module(x, lengths=lengths)
-        found.append([*leaves(results), *torch.autograd.grad(loss(results), [x, *module.parameters()])])
+        found.append([*tree_leaves(results), *torch.autograd.grad(loss(results), [x, *module.parameters()])])
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], rtol=0, atol=0)
 
@@ -67,7 +57,7 @@ def test_same_bits_in_any_batch(ours: Any, options: dict[str, Any], dtype: torch
         torch.manual_seed(1)
         part = x[:, rows].clone().requires_grad_()
         output, state = module(part, lengths=lengths[rows])
-        return output, leaves(state)[0], torch.autograd.grad(output.sin().sum(), part)[0]
+        return output, tree_leaves(state)[0], torch.autograd.grad(output.sin().sum(), part)[0]
 
     full = run(slice(None))
     for rows in (slice(1), slice(2), slice(7), slice(16)):  # masks are those of a place in the batch

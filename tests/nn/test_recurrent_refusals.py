@@ -7,13 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from recurrent_pairs import OURS
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import seqrec_fast as sf
-
-OURS = [pytest.param(sf.LSTM, id="LSTM"), pytest.param(sf.GRU, id="GRU")]
-
 
 LENGTHS: list[tuple[Any, type[Exception], str]] = [
     (torch.tensor([1, -1, 6]), ValueError, "lengths must lie in 0…6 .*got -1 for row 1"),

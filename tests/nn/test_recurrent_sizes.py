@@ -6,22 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from recurrent_pairs import OURS, PAIRS, loss
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import seqrec_fast as sf
-
-PAIRS = [pytest.param(sf.LSTM, nn.LSTM, id="LSTM"), pytest.param(sf.GRU, nn.GRU, id="GRU")]
-OURS = [pytest.param(sf.LSTM, id="LSTM"), pytest.param(sf.GRU, id="GRU")]
-
-
-def leaves(results: Any) -> list[Tensor]:
-    return list(torch.utils._pytree.tree_leaves(results))
-
-
-def loss(results: Any) -> Tensor:
-    total: Tensor = torch.stack([part.sin().sum() for part in leaves(results)]).sum()
-    return total
 
 
 @pytest.mark.parametrize(

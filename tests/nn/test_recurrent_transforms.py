@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from recurrent_pairs import loss as total
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jvp, stack_module_state, vmap
@@ -35,11 +36,6 @@ def made(name: str) -> tuple[Any, Any, Tensor]:
 def batch(module: Any, steps: int = T, rows: int = B) -> Tensor:
     lead = (steps,) if isinstance(module, nn.RNNBase) else ()
     return torch.randn(*lead, rows, I, dtype=torch.float64)
-
-
-def total(results: Any) -> Tensor:
-    found: Tensor = torch.stack([part.sin().sum() for part in tree_leaves(results)]).sum()
-    return found
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from recurrent_pairs import loss
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
@@ -117,15 +118,6 @@ def frozen(module: Any) -> None:
 
 CHANGES: list[Callable[[Any], None]] = [tie, tie_biases, expand, transpose, interleave, share_storage, spectral_norm]
 CHANGES += [weight_norm, parametrize_twice, parametrize_bias, old_weight_norm, old_spectral_norm, pruned, frozen]
-
-
-def parts(results: Any) -> list[Tensor]:
-    return list(torch.utils._pytree.tree_leaves(results))
-
-
-def loss(results: Any) -> Tensor:
-    total: Tensor = torch.stack([part.sin().sum() for part in parts(results)]).sum()
-    return total
 
 
 @pytest.mark.parametrize("change", CHANGES)

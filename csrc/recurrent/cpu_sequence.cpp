@@ -24,9 +24,10 @@ int32_t wide_dtype(Scalar scalar) {
   return scalar == Scalar::kDouble ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
 }
 
-// Memory that begins on a cache line.
+// Memory that begins on a cache line; null where none was asked for.
 class Memory {
  public:
+  Memory() = default;
   explicit Memory(int64_t bytes) : memory_(std::make_unique_for_overwrite<char[]>(bytes + 64)) {}
   void* get() const { return (void*)(((uintptr_t)memory_.get() + 63) / 64 * 64); }
 
@@ -438,16 +439,15 @@ BackwardResults run_backward(const Sequence& sequence, const Arguments& a, const
 
   const Array grad_output(grads[0]), grad_h_n(grads[1]), grad_c_n(grads[2]), output_array(output), gates_array(gates);
   const Array cells_array = cells ? Array(*cells) : Array(Optional{});
-  const std::optional<Memory> packed =
-      saved_gates && !s.has_norm ? std::nullopt : std::optional<Memory>(packed_weights(sequence.in));
+  const Memory packed = saved_gates && !s.has_norm ? Memory() : packed_weights(sequence.in);
   const Memory packed_back =
       packed_weights(sequence.in, kernels().packed_back_bytes, kernels().pack_back_blocks, kernels().pack_back);
   // A table's gradient is summed before it is rounded.
   const int64_t wide = wide_bytes(s.scalar), token_count = s.steps * s.rows;
-  const std::optional<Memory> token_rows =
-      a.ids && wanted.x ? std::optional<Memory>(token_count * s.input * wide) : std::nullopt;
+  const Memory token_rows = a.ids && wanted.x ? Memory(token_count * s.input * wide) : Memory();
+  const bool into_table = token_rows.get() != nullptr;
   const SequenceBackward call{sequence.in,
-                              packed ? packed->get() : nullptr,
+                              packed.get(),
                               packed_back.get(),
                               output_array,
                               cells_array,
@@ -455,11 +455,11 @@ BackwardResults run_backward(const Sequence& sequence, const Arguments& a, const
                               grad_output,
                               grad_h_n,
                               grad_c_n,
-                              token_rows ? token_rows->get() : data(wanted.x, found.dx),
-                              token_rows.has_value(),
+                              into_table ? token_rows.get() : data(wanted.x, found.dx),
+                              into_table,
                               data(wanted.h, found.dh),
                               data(wanted.c, found.dc)};
-  if (call.dx && !token_rows) sequence.clear_padding(call.dx, s.input * width(s.scalar));
+  if (call.dx && !into_table) sequence.clear_padding(call.dx, s.input * width(s.scalar));
 
   Parts parts(s, wanted);
   const int64_t rows_of_a_part = (s.rows + parts.count() - 1) / parts.count();
@@ -489,14 +489,14 @@ BackwardResults run_backward(const Sequence& sequence, const Arguments& a, const
   if (wanted.ln_hh) of_hidden(Parts::kHiddenGain, found.dln_hh);
   if (wanted.ln_c) parts.total(Parts::kCellGain, 0, s.hidden, found.dln_c.mutable_data_ptr());
   if (wanted.ln_c_bias) parts.total(Parts::kCellBias, 0, s.hidden, found.dln_c_bias.mutable_data_ptr());
-  if (token_rows) {
+  if (into_table) {
     const int64_t numbers = a.x.size(0) * s.input;
     const Memory table(numbers * wide);
     std::memset(table.get(), 0, numbers * wide);
     if (s.scalar == Scalar::kDouble)
-      add_to_table(sequence, (const double*)token_rows->get(), (double*)table.get(), a.x.size(0));
+      add_to_table(sequence, (const double*)token_rows.get(), (double*)table.get(), a.x.size(0));
     else
-      add_to_table(sequence, (const float*)token_rows->get(), (float*)table.get(), a.x.size(0));
+      add_to_table(sequence, (const float*)token_rows.get(), (float*)table.get(), a.x.size(0));
     const void* const part = table.get();
     kernels().add_parts(s.scalar, &part, 1, found.dx.mutable_data_ptr(), 0, numbers);
   }

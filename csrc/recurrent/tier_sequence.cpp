@@ -24,14 +24,18 @@ using Tiles = Arithmetic<T, TileSums<T, Cell, kParts>, TileProducts<T, Cell, kPa
 template <class T, class Cell, class Use>
 auto with_arithmetic(const SequenceShape& shape, const Use& use) {
 #if defined(SEQREC_TILES)
-  if constexpr (sizeof(T) < 8) {
-    const int parts = shape.scalar == Scalar::kBFloat16 ? 1 : shape.scalar == Scalar::kHalf ? 2 : 3 - shape.precision;
+  if constexpr (sizeof(T) < 8)
     if (!has_options(shape)) {
-      if (parts == 1) return use(Tiles<T, Cell, 1>{});
-      if (parts == 2) return use(Tiles<T, Cell, 2>{});
-      if constexpr (sizeof(T) == 4) return use(Tiles<T, Cell, 3>{});
+      if constexpr (__is_same(T, BF16)) {
+        return use(Tiles<T, Cell, 1>{});
+      } else if constexpr (__is_same(T, F16)) {
+        return use(Tiles<T, Cell, 2>{});
+      } else {
+        if (shape.precision == 2) return use(Tiles<T, Cell, 1>{});
+        if (shape.precision == 1) return use(Tiles<T, Cell, 2>{});
+        return use(Tiles<T, Cell, 3>{});
+      }
     }
-  }
 #endif
   return use(Arithmetic<T, LaneSums<T, Cell>, LaneProducts<T, Cell>>{});
 }

@@ -6,6 +6,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include <immintrin.h>
+
 #include <random>
 #include <vector>
 
@@ -53,6 +55,35 @@ struct Problem {
   }
 };
 
+// Numbers as they lie in an array of `scalar`, and back.
+static std::vector<char> stored(const Numbers& numbers, Scalar scalar) {
+  if (scalar == Scalar::kFloat)
+    return std::vector<char>((const char*)numbers.data(), (const char*)(numbers.data() + numbers.size()));
+  std::vector<char> bytes(2 * numbers.size());
+  for (size_t i = 0; i < numbers.size(); ++i) {
+    uint32_t bits;
+    memcpy(&bits, &numbers[i], sizeof bits);
+    const uint16_t half =
+        scalar == Scalar::kHalf ? _cvtss_sh(numbers[i], 0) : (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+    memcpy(&bytes[2 * i], &half, sizeof half);
+  }
+  return bytes;
+}
+static Numbers read(const std::vector<char>& bytes, Scalar scalar) {
+  Numbers numbers(bytes.size() / (scalar == Scalar::kFloat ? 4 : 2));
+  if (scalar == Scalar::kFloat) memcpy(numbers.data(), bytes.data(), bytes.size());
+  for (size_t i = 0; scalar != Scalar::kFloat && i < numbers.size(); ++i) {
+    uint16_t half;
+    memcpy(&half, &bytes[2 * i], sizeof half);
+    const uint32_t bits = (uint32_t)half << 16;
+    if (scalar == Scalar::kHalf)
+      numbers[i] = _cvtsh_ss(half);
+    else
+      memcpy(&numbers[i], &bits, sizeof bits);
+  }
+  return numbers;
+}
+
 // output, h_n, c_n, dx, dh, dc, dw_ih, dw_hh, db
 using Results = std::vector<Numbers>;
 
@@ -60,20 +91,25 @@ static Results run(const SequenceKernels& kernels, const Problem& p, int64_t fir
   const SequenceShape& s = p.shape;
   const int64_t tokens = s.steps * s.rows, gates = gate_rows(s);
   const bool lstm = s.kind == CellKind::kLstm;
+  const auto array = [&](const Numbers& numbers) { return stored(numbers, s.scalar); };
+  const auto x = array(p.x), h = array(p.h), c = array(p.c), w_ih = array(p.w_ih), w_hh = array(p.w_hh),
+             b_ih = array(p.b_ih), b_hh = array(p.b_hh), grad_output = array(p.grad_output), grad_h = array(p.grad_h),
+             grad_c = array(p.grad_c);
   SequenceInputs in{};
   in.shape = s;
-  in.x = p.x.data();
-  in.h = p.h.data();
-  in.c = lstm ? p.c.data() : nullptr;
-  in.w_ih = s.projected ? nullptr : p.w_ih.data();
-  in.w_hh = p.w_hh.data();
-  in.b_ih = p.b_ih.data();
-  in.b_hh = p.b_hh.data();
+  in.x = x.data();
+  in.h = h.data();
+  in.c = lstm ? c.data() : nullptr;
+  in.w_ih = s.projected ? nullptr : w_ih.data();
+  in.w_hh = w_hh.data();
+  in.b_ih = b_ih.data();
+  in.b_hh = b_hh.data();
   in.reset = (const bool*)p.reset.data();
-  Results out{Numbers(tokens * s.hidden), Numbers(s.rows * s.hidden), Numbers(s.rows * s.hidden),
-              Numbers(tokens * s.input),  Numbers(s.rows * s.hidden), Numbers(s.rows * s.hidden),
-              Numbers(gates * s.input),   Numbers(gates * s.hidden),  Numbers(kSumCount * s.hidden)};
-  Numbers cells(tokens * s.hidden), saved(tokens * kSumCount * s.hidden);
+  const auto zeros = [&](int64_t size) { return array(Numbers(size)); };
+  auto output = zeros(tokens * s.hidden), h_n = zeros(s.rows * s.hidden), c_n = zeros(s.rows * s.hidden),
+       dx = zeros(tokens * s.input), dh = zeros(s.rows * s.hidden), dc = zeros(s.rows * s.hidden),
+       saved = zeros(tokens * kSumCount * s.hidden);
+  Numbers cells(tokens * s.hidden), dw_ih(gates * s.input), dw_hh(gates * s.hidden), db(kSumCount * s.hidden);
   std::vector<int64_t> row(count);
   for (int64_t i = 0; i < count; ++i) row[i] = first + i;
   const RowTile tile{row.data(), p.length.data() + first, count};
@@ -81,28 +117,31 @@ static Results run(const SequenceKernels& kernels, const Problem& p, int64_t fir
       forward(kernels.forward_scratch(s, count)), backward(kernels.backward_scratch(s, count));
   kernels.pack(in, packed.data, 0, kernels.pack_blocks(s));
   kernels.pack_back(in, back.data, 0, kernels.pack_back_blocks(s));
-  kernels.forward({in, packed.data, out[0].data(), out[1].data(), lstm ? out[2].data() : nullptr,
+  kernels.forward({in, packed.data, output.data(), h_n.data(), lstm ? c_n.data() : nullptr,
                    lstm ? cells.data() : nullptr, save_gates ? saved.data() : nullptr},
                   tile, forward.data);
   SequencePartial partial{};
-  partial.dw_ih = s.projected ? nullptr : out[6].data();
-  partial.dw_hh = out[7].data();
-  partial.db = out[8].data();
+  partial.dw_ih = s.projected ? nullptr : dw_ih.data();
+  partial.dw_hh = dw_hh.data();
+  partial.db = db.data();
   SequenceBackward call{};
   call.in = in;
   call.packed = save_gates ? nullptr : packed.data;
   call.packed_back = back.data;
-  call.output = out[0].data();
+  call.output = output.data();
   call.cells = lstm ? cells.data() : nullptr;
   call.gates = save_gates ? saved.data() : nullptr;
-  call.grad_output = p.grad_output.data();
-  call.grad_h_n = p.grad_h.data();
-  call.grad_c_n = lstm ? p.grad_c.data() : nullptr;
-  call.dx = out[3].data();
-  call.dh = out[4].data();
-  call.dc = lstm ? out[5].data() : nullptr;
+  call.grad_output = grad_output.data();
+  call.grad_h_n = grad_h.data();
+  call.grad_c_n = lstm ? grad_c.data() : nullptr;
+  call.dx = dx.data();
+  call.dh = dh.data();
+  call.dc = lstm ? dc.data() : nullptr;
   kernels.backward(call, tile, partial, backward.data);
-  return out;
+  Results results;
+  for (const auto* bytes : {&output, &h_n, &c_n, &dx, &dh, &dc}) results.push_back(read(*bytes, s.scalar));
+  results.insert(results.end(), {dw_ih, dw_hh, db});
+  return results;
 }
 
 int main() {
@@ -110,11 +149,13 @@ int main() {
                               {3, 33, 20, 33}, {5, 70, 64, 40}, {40, 2, 130, 100}};
   for (const auto& [steps, rows, input, hidden] : sizes)
     for (const CellKind kind : {CellKind::kLstm, CellKind::kGru})
-      for (const int precision : {0, 1, 2})
+      for (const char* const arithmetic : {"highest", "high", "medium", "bf16", "fp16"})
         for (const bool flag : {false, true}) {
           SequenceShape s{};
           s.kind = kind;
-          s.scalar = Scalar::kFloat;
+          s.scalar = !strcmp(arithmetic, "bf16")   ? Scalar::kBFloat16
+                     : !strcmp(arithmetic, "fp16") ? Scalar::kHalf
+                                                   : Scalar::kFloat;
           s.steps = steps;
           s.rows = rows;
           s.projected = flag && hidden == 17;
@@ -122,12 +163,12 @@ int main() {
           s.input = s.projected ? gate_rows(s) : input;
           s.batch_first = flag;
           s.reverse = flag;
-          s.precision = precision;
+          s.precision = !strcmp(arithmetic, "medium") ? 2 : !strcmp(arithmetic, "high") ? 1 : 0;
           const Problem problem(s);
           const Results tiles = run(tier_amx::sequence_kernels, problem, 0, rows, flag),
                         lanes = run(tier_avx512::sequence_kernels, problem, 0, rows, flag),
                         last = run(tier_amx::sequence_kernels, problem, rows - 1, 1, flag);
-          printf("%d", precision);
+          printf("%s", arithmetic);
           for (size_t i = 0; i < tiles.size(); ++i) {
             double largest = 1e-30, difference = 0;
             for (size_t j = 0; j < tiles[i].size(); ++j) {

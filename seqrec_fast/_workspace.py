@@ -202,7 +202,7 @@ def _backward(call: _Call) -> int:
 
 
 def _native_rank(call: _Call) -> int:
-    """Each thread packs a group of queries (512 KiB) and a chunk of items (64 KiB, and as much in fp64); csrc/catalogue/scan.h."""
+    """Each thread packs a group of queries (512 KiB) and a chunk of items (64 KiB, and as much in fp64); csrc/catalogue/rank_scan.h."""
     group = min(call.rows + 64, max((1 << 19) // (4 * max(call.width, 1)), 64))
     scratch = group * (4 * call.width + 48) + (1 << 18) + 2048 * call.width
     return torch.get_num_threads() * scratch + call.rows * 24 + call.pairs * 16

@@ -26,6 +26,21 @@ constexpr int kTile = 6;
 constexpr int kWide = 2;
 constexpr int kBlock = kWide * kLanes;  // rows of a full block
 
+// Calls work(T{}) for the element type of a format.
+template <class Work>
+SEQREC_INLINE auto with_format(Format format, const Work& work) {
+  switch (format) {
+    case Format::kF64:
+      return work(double{});
+    case Format::kBF16:
+      return work(BF16{});
+    case Format::kF16:
+      return work(F16{});
+    default:
+      return work(float{});
+  }
+}
+
 // ---- reading
 // ----------------------------------------------------------------------------------------------------------
 
@@ -41,7 +56,7 @@ SEQREC_INLINE auto at(const VectorView& vector, int64_t i) {
 
 // The factor of one row beside call.scale.
 template <class T>
-SEQREC_INLINE double row_scale_of(const RankCall& call, int64_t row) {
+SEQREC_INLINE double row_scale_of(const LogitCall& call, int64_t row) {
   return call.row_scale.data ? static_cast<double>(at<T>(call.row_scale, row)) : 1.0;
 }
 

@@ -1,12 +1,12 @@
 // One task of the counting scan: a group of rows meets a run of items, chunk by chunk.
 //
 // Every pair (row, item) is scored in fp32 FMA and compared with the row's goal; the few inside the error band of
-// reducers.h are decided as the ranking is defined, in fp64. Rows and items outside the band's preconditions are
+// band.h are decided as the ranking is defined, in fp64. Rows and items outside the band's preconditions are
 // decided in fp64 throughout.
 #pragma once
 
-#include "catalogue/exact.h"
-#include "catalogue/reducers.h"
+#include "catalogue/rank_exact.h"
+#include "catalogue/rank_reducer.h"
 
 namespace seqrec_fast::SEQREC_TIER {
 

@@ -1,12 +1,10 @@
-// What a catalogue operator does with a tile of scores.
+// How far a score in fp32 can be from the score that defines a ranking.
 #pragma once
 
 #include "catalogue/tile.h"
 
 namespace seqrec_fast::SEQREC_TIER {
 
-// Counting what ranks above a goal.
-//
 // The scan computes â in fp32; the ranking is defined by s = fl32(S), with S the fp64 dot product in ascending k, times
 // scale, plus bias. Let g be the row's goal (a float), q' = fl32(scale·q), u = 2^-24, M = |q'|·|w| + |bias| (Euclidean
 // norms). Then
@@ -42,7 +40,7 @@ SEQREC_INLINE double magnitude(double x) { return __builtin_fabs(x); }
 // Whether the factors of a row may be multiplied into its query before the products are summed: a large or infinite one
 // (or NaN) would make another sum of it.
 template <class T>
-SEQREC_INLINE bool folds(const RankCall& call, int64_t row) {
+SEQREC_INLINE bool folds(const LogitCall& call, int64_t row) {
   return magnitude(call.scale) <= kNormLimit && magnitude(row_scale_of<T>(call, row)) <= kNormLimit;
 }
 
@@ -59,48 +57,5 @@ SEQREC_INLINE Limits limits_of(double goal, double norm, int64_t width) {
           next_up(static_cast<float>(up + magnitude(up) * 0x1p-21 + underflow)),
           next_up(static_cast<float>(slope * 1.000001))};
 }
-
-// What one tile of items adds to the band of every row.
-struct TileBand {
-  float norm;  // at least the largest norm of its items
-  float bias;  // at least c · the largest |bias|
-};
-
-struct Counters {
-  float* low;  // [group] as in Limits, +inf in unused lanes, which then count nothing
-  float* high;
-  float* slope;
-  int32_t* above;  // [group]
-};
-
-template <int Vectors>
-struct CountAbove {
-  I32 above[Vectors];
-
-  // True when every pair of the tile was decided; only then does `above` hold the tile's counts.
-  SEQREC_METHOD bool reduce(const F32 (&score)[kTile][Vectors], const Counters& rows, const TileBand& band) {
-    I32 undecided{};
-#pragma GCC unroll 4
-    for (int u = 0; u < Vectors; ++u) {
-      const F32 width = fma(load(rows.slope + u * kLanes), broadcast(band.norm), broadcast(band.bias));
-      const F32 low = load(rows.low + u * kLanes) - width, high = load(rows.high + u * kLanes) + width;
-      I32 over{}, reached{};
-      // NaN, the start value of items that are not scanned, fails both comparisons.
-#pragma GCC unroll 16
-      for (int i = 0; i < kTile; ++i) {
-        over = select(score[i][u] > high, over + 1, over);
-        reached = select(score[i][u] >= low, reached + 1, reached);
-      }
-      above[u] = over;
-      undecided |= over ^ reached;
-    }
-    return !any(undecided != 0);
-  }
-
-  SEQREC_METHOD void add_to(const Counters& rows) const {
-#pragma GCC unroll 4
-    for (int u = 0; u < Vectors; ++u) store(rows.above + u * kLanes, load(rows.above + u * kLanes) + above[u]);
-  }
-};
 
 }  // namespace seqrec_fast::SEQREC_TIER

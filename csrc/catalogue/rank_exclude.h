@@ -4,12 +4,12 @@
 // exclusion, and a list costs as much as scoring its own ids.
 #pragma once
 
-#include "catalogue/exact.h"
-#include "catalogue/reducers.h"
+#include "catalogue/rank_exact.h"
+#include "catalogue/rank_reducer.h"
 
 namespace seqrec_fast::SEQREC_TIER {
 
-// The scaled query of one row, in fp32, and whether the error bound of reducers.h holds for it.
+// The scaled query of one row, in fp32, and whether the error bound of band.h holds for it.
 struct QuickQuery {
   const float* data;  // [width]
   int64_t width;

@@ -1,24 +1,9 @@
 // catalogue_rank for one CPU tier: this file is compiled once per tier, with SEQREC_TIER naming its namespace.
-#include "catalogue/exclude.h"
-#include "catalogue/scan.h"
+#include "catalogue/rank_exclude.h"
+#include "catalogue/rank_scan.h"
 
 namespace seqrec_fast::SEQREC_TIER {
 namespace {
-
-// Calls work(T{}) for the element type of a format.
-template <class Work>
-SEQREC_INLINE auto with_format(Format format, const Work& work) {
-  switch (format) {
-    case Format::kF64:
-      return work(double{});
-    case Format::kBF16:
-      return work(BF16{});
-    case Format::kF16:
-      return work(F16{});
-    default:
-      return work(float{});
-  }
-}
 
 void target_scores(const RankCall& call, int64_t begin, int64_t end) {
   with_format(call.format, [&](auto element) {

@@ -41,6 +41,7 @@ class Operator:
         fake: shapes and dtypes of the results, for tracing.
         describe: the :class:`Spec` of a call, from the raw arguments.
         native: ``supports`` of the C++ implementation, or None where there is none.
+        native_implementation: what runs natively where that is not one compiled operator: a Python function around compiled ones.
         triton: name of the module in ``seqrec_fast.backends.triton`` that defines ``supports`` and the implementation, a function
             called ``name``. It is imported when first asked for, so that importing the package does not import Triton.
         of_every_backend: no kernel of its own, but part of what calls of every backend do: runs whichever is asked for by name.
@@ -54,6 +55,7 @@ class Operator:
         fake: Implementation,
         describe: Callable[..., Spec],
         native: Supports | None = None,
+        native_implementation: Implementation | None = None,
         triton: str | None = None,
         of_every_backend: bool = False,
     ) -> None:
@@ -78,6 +80,8 @@ class Operator:
         self._register("seqrec_fast_reference", without_autocast(reference))
         if native is not None:
             table["native"] = native
+        if native_implementation is not None:
+            LIBRARIES["seqrec_fast_native"].impl(name, without_autocast(native_implementation), "CPU")
         if triton is not None:
             table["triton"] = _lazy_supports(triton)
             self._register("seqrec_fast_triton", _lazy_implementation(triton, name))

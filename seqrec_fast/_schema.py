@@ -109,8 +109,20 @@ SCHEMAS: dict[str, str] = {**RECURRENT, **CATALOGUE}
 # Two draws are two draws: no pass may merge or recompute them.
 _TAGS = {"draw_seed": (torch.Tag.nondeterministic_seeded,)}
 
-# Only the native library has these: which compiled CPU tier runs.
-NATIVE_ONLY = {"highest_cpu_tier": "() -> int", "set_cpu_tier": "(int tier) -> ()"}
+# Only the native library has these.
+NATIVE_ONLY = {
+    # which compiled CPU tier runs
+    "highest_cpu_tier": "() -> int",
+    "set_cpu_tier": "(int tier) -> ()",
+    # What the native cross-entropy is made of (backends/native/catalogue_cross_entropy.py). kept: targets as above, which no
+    # exclusion touches  ->  shift, log_total [B], context [B,d] ([0] unless asked for), kept scores [N], all fp32
+    "catalogue_softmax": f"(Tensor query, Tensor items, {_LOGITS}, Tensor kept, Tensor? kept_crow, bool context)"
+    " -> (Tensor shift, Tensor log_total, Tensor context, Tensor kept_scores)",
+    # of the sum of weight·lse less kept_gradient·score  ->  ditems (fp32 if wide), dbias fp32; [0] where not asked for
+    "catalogue_softmax_backward": f"(Tensor weight, Tensor lse, Tensor query, Tensor items, {_LOGITS}, Tensor kept,"
+    " Tensor? kept_crow, Tensor kept_gradient, bool wants_items, bool wants_bias, bool wide)"
+    " -> (Tensor ditems, Tensor dbias)",
+}
 
 
 def _define() -> dict[str, torch.library.Library]:

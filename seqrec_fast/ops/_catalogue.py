@@ -112,6 +112,11 @@ def describe(operator: str, query: Tensor, logits: tuple[Any, ...], **flags: boo
     return _spec(operator, query.device.type, query.dtype, int(query.shape[1]), frozenset(options))
 
 
+def native_softmax(spec: Spec) -> str | None:
+    """``supports`` of the compiled softmax over the catalogue."""
+    return "the native softmax scan computes in fp32, so not for float64" if spec.dtype == torch.float64 else None
+
+
 def wants_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 

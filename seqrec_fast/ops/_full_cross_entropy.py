@@ -11,6 +11,7 @@ from .. import _dispatch
 from .._dispatch import Spec
 from .._logits import LogitSpec, wide_dtype
 from .._operator import Operator, transforms_active
+from ..backends.native import catalogue_cross_entropy as native
 from ..backends.reference import _cross_entropy_derivatives as derivatives
 from ..backends.reference import catalogue_cross_entropy as reference
 from ..backends.reference._scan import plain_arithmetic
@@ -69,9 +70,27 @@ def _fake_backward(*args: Any) -> tuple[Tensor, ...]:
     return *gradients, query.new_empty(query.shape[0], dtype=wide_dtype(query.dtype))
 
 
-CATALOGUE_CROSS_ENTROPY = Operator(NAME, reference=reference.forward, fake=_fake, describe=_describe)
+def _native(spec: Spec) -> str | None:
+    if "skip_mass" in spec.options:
+        return "the native scan leaves no items out (skip_mass)"
+    return _catalogue.native_softmax(spec)
+
+
+CATALOGUE_CROSS_ENTROPY = Operator(
+    NAME,
+    reference=reference.forward,
+    fake=_fake,
+    describe=_describe,
+    native=_native,
+    native_implementation=native.forward,
+)
 CATALOGUE_CROSS_ENTROPY_BACKWARD = Operator(
-    f"{NAME}_backward", reference=reference.backward, fake=_fake_backward, describe=_describe_backward
+    f"{NAME}_backward",
+    reference=reference.backward,
+    fake=_fake_backward,
+    describe=_describe_backward,
+    native=_native,
+    native_implementation=native.backward,
 )
 
 

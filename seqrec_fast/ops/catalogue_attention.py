@@ -171,9 +171,15 @@ def _named(*tensors: Tensor | None) -> dict[str, Tensor | None]:
     return dict(zip(("query", "keys", "values", "row_scale", "bias"), tensors, strict=True))
 
 
-CATALOGUE_ATTENTION = Operator(NAME, reference=reference.forward, fake=_fake, describe=_describe)
+CATALOGUE_ATTENTION = Operator(
+    NAME, reference=reference.forward, fake=_fake, describe=_describe, native=_catalogue.native_softmax
+)
 CATALOGUE_ATTENTION_BACKWARD = Operator(
-    f"{NAME}_backward", reference=reference.backward, fake=_fake_backward, describe=_describe_backward
+    f"{NAME}_backward",
+    reference=reference.backward,
+    fake=_fake_backward,
+    describe=_describe_backward,
+    native=_catalogue.native_softmax,
 )
 
 

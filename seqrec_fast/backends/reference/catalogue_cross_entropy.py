@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -33,6 +34,7 @@ class Problem:
     Attributes:
         query: [B', d].
         kept: int64 [B'], which rows these are of the B given, or None for all.
+        lists: the targets as they are given: [B'] or [B', P], or ids and row pointers [B' + 1].
     """
 
     query: Tensor
@@ -42,6 +44,7 @@ class Problem:
     smoothing: Smoothing | None
     label_smoothing: float
     kept: Tensor | None
+    lists: tuple[Tensor, Tensor | None]
 
     def of_rows(self, tensor: Tensor) -> Tensor:
         return tensor if self.kept is None else tensor[self.kept]
@@ -61,6 +64,10 @@ class Problem:
         if self.smoothing is None:
             return total
         return total + self.label_smoothing * self.smoothing.ranked.to(total.dtype)
+
+    def scaled_query(self) -> Tensor:
+        """[B', d] wide."""
+        return scaled_query(self.query.to(wide_dtype(self.query.dtype)), self.logits)
 
     def scan(self, precision: int) -> tuple[Scan, Pairs]:
         plan = Plan(self.query.shape[0], self.items.shape[0], self.query.shape[1])
@@ -141,7 +148,63 @@ class Arguments:
             query, arguments = query[kept], self.take_rows(kept)
             targets = arguments.targets(len(kept), wide)
         smoothing = arguments.smoothing(targets, query.shape[0], items.shape[0])
-        return Problem(query, items, arguments.logits, targets, smoothing, self.label_smoothing, kept)
+        lists = (arguments.target, arguments.target_crow)
+        return Problem(query, items, arguments.logits, targets, smoothing, self.label_smoothing, kept, lists)
+
+
+class Engine(Protocol):
+    """The two scans of a catalogue that the loss is made of: all that a backend must do."""
+
+    def softmax(self, problem: Problem, precision: int, *, context: bool) -> tuple[Softmax, Tensor, Tensor]:
+        """The softmax of every row, with the scores of the targets; and the targets' rows [N] and weights [N] in their order."""
+
+    def item_gradients(
+        self,
+        problem: Problem,
+        weight: Tensor,
+        grad_loss: Tensor,
+        lse: Tensor,
+        wanted: tuple[bool, bool],
+        skip_mass: float,
+        precision: int,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        """Gradients of items [I, d] and bias [I] as ``wanted``, less the smoothing's part, and the mass skipped [B'].
+
+        Of Σ_r weight·lse − grad_loss·(1 − ε)·Σ_p w·s. Wide, or the items' in their own dtype where there is no smoothing.
+        """
+
+
+class ScanEngine:
+    """Chunk by chunk in PyTorch."""
+
+    def softmax(self, problem: Problem, precision: int, *, context: bool) -> tuple[Softmax, Tensor, Tensor]:
+        scan, pairs = problem.scan(precision)
+        assert pairs.weight is not None
+        return softmax_scan(scan, targets=pairs, context=context), pairs.rows, pairs.weight
+
+    def item_gradients(
+        self,
+        problem: Problem,
+        weight: Tensor,
+        grad_loss: Tensor,
+        lse: Tensor,
+        wanted: tuple[bool, bool],
+        skip_mass: float,
+        precision: int,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        items = problem.items
+        new = {"dtype": weight.dtype, "device": items.device}
+        d_items = torch.zeros(items.shape, **new) if wanted[0] else None
+        d_bias = torch.zeros(items.shape[:1], **new) if wanted[1] else None
+        skipped = torch.zeros_like(weight)
+        scan, _ = problem.scan(precision)
+        scan.set_shift(torch.where(lse == float("-inf"), 0.0, lse))
+        _add_softmax_part(scan, weight, d_items, d_bias, skip_mass, skipped)
+        _subtract_targets(problem, scan.query, grad_loss, d_items, d_bias)
+        return d_items, d_bias, skipped
+
+
+SCAN = ScanEngine()
 
 
 def forward(
@@ -163,6 +226,7 @@ def forward(
     sparse_grad: bool,
     save_context: bool,
     precision: int,
+    engine: Engine = SCAN,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The operator ``catalogue_cross_entropy``.
 
@@ -175,17 +239,16 @@ def forward(
     arguments.check(items.shape[0])
     problem = arguments.problem(query, items)
     with plain_arithmetic(query.device, precision):
-        scan, pairs = problem.scan(precision)
-        result = softmax_scan(scan, targets=pairs, context=save_context)
+        result, rows, weight = engine.softmax(problem, precision, context=save_context)
         means = None if problem.smoothing is None else problem.smoothing.mean_vectors(items)
-        loss = _loss(problem, scan, pairs, result, means)
+        loss = _loss(problem, rows, weight, result, means)
     num_rows = query.shape[0]
     lse = result.lse
-    context, mean_vectors = (query.new_empty(0, dtype=scan.dtype) for _ in range(2))
+    context, mean_vectors = (query.new_empty(0, dtype=lse.dtype) for _ in range(2))
     if result.context is not None:
         context = problem.to_rows(result.context, num_rows)
         if means is not None:
-            mean_vectors = problem.to_rows(means.to(scan.dtype), num_rows)
+            mean_vectors = problem.to_rows(means.to(lse.dtype), num_rows)
     return (
         problem.to_rows(loss, num_rows),
         problem.to_rows(lse, num_rows),
@@ -194,15 +257,15 @@ def forward(
     )
 
 
-def _loss(problem: Problem, scan: Scan, pairs: Pairs, result: Softmax, means: Tensor | None) -> Tensor:
+def _loss(problem: Problem, rows: Tensor, weight: Tensor, result: Softmax, means: Tensor | None) -> Tensor:
     """A·log Σ exp(s − c) − (L − A·c), [B']: the shift c cancels before anything is rounded."""
-    assert result.targets is not None and pairs.weight is not None
-    weight = pairs.weight * (1 - problem.label_smoothing)
+    assert result.targets is not None
+    weight = weight * (1 - problem.label_smoothing)
     linear = torch.zeros_like(result.shift)
-    linear.index_add_(0, pairs.rows, torch.where(weight == 0, 0.0, weight * result.targets))
+    linear.index_add_(0, rows, torch.where(weight == 0, 0.0, weight * result.targets))
     if problem.smoothing is not None and means is not None:
         smoothing = problem.smoothing
-        mean = (scan.query.double() * means).sum(1)
+        mean = (problem.scaled_query().double() * means).sum(1)
         mean = (mean + smoothing.mean_bias(problem.logits.bias) - result.shift.double()).to(linear.dtype)
         mean = torch.where(smoothing.sure, result.log_total, mean)  # the same score, in fp32: nothing is left of it
         linear += problem.label_smoothing * torch.where(smoothing.ranked, mean, 0.0)
@@ -240,6 +303,7 @@ def backward(
     skip_mass: float,
     output_mask: Sequence[bool],
     precision: int,
+    engine: Engine = SCAN,
 ) -> tuple[Tensor, ...]:
     """The operator ``catalogue_cross_entropy_backward``: gradients of query, items, row_scale and bias, and the mass skipped.
 
@@ -266,7 +330,7 @@ def backward(
     with plain_arithmetic(query.device, precision):
         if output_mask[0] or output_mask[2]:
             saved = [problem.of_rows(t) if t.numel() else None for t in (context, mean_vectors)]
-            direction = _query_direction(problem, grad_loss, weight, saved[0], saved[1], precision)  # [B', d]
+            direction = _query_direction(problem, grad_loss, weight, saved[0], saved[1], precision, engine)  # [B', d]
             if output_mask[0]:
                 d_query = scaled_query(direction, problem.logits)
                 results[0] = problem.to_rows(d_query, num_rows).to(query.dtype)
@@ -274,12 +338,11 @@ def backward(
                 d_scale = (direction * problem.query.to(wide)).sum(1) * scale
                 results[2] = problem.to_rows(d_scale, num_rows).to(row_scale.dtype)
         if output_mask[1] or output_mask[3]:
-            d_items = torch.zeros(items.shape, dtype=wide, device=items.device) if output_mask[1] else None
-            d_bias = torch.zeros(items.shape[:1], dtype=wide, device=items.device) if output_mask[3] else None
-            scan, _ = problem.scan(precision)
-            scan.set_shift(torch.where(lse == float("-inf"), 0.0, lse))
-            _add_softmax_part(scan, weight, d_items, d_bias, skip_mass, skipped)
-            _subtract_linear_part(problem, scan.query, grad_loss, d_items, d_bias)
+            wanted = (output_mask[1], output_mask[3])
+            d_items, d_bias, skipped = engine.item_gradients(
+                problem, weight, grad_loss, lse, wanted, skip_mass, precision
+            )
+            _subtract_smoothing(problem, grad_loss, d_items, d_bias)
             if d_items is not None:
                 results[1] = d_items.to(items.dtype)
             if d_bias is not None and bias is not None:
@@ -294,11 +357,11 @@ def _query_direction(
     context: Tensor | None,
     mean_vectors: Tensor | None,
     precision: int,
+    engine: Engine,
 ) -> Tensor:
     """∂/∂(scaled query), [B', d] wide: a·Σ p·v − dloss·∂L."""
     if context is None:
-        scan, _ = problem.scan(precision)
-        context = softmax_scan(scan, context=True).context
+        context = engine.softmax(problem, precision, context=True)[0].context
         assert context is not None
     bias = problem.logits.bias
     direction = weight[:, None] * context
@@ -331,25 +394,39 @@ def _add_softmax_part(
                 d_bias[chunk.span] += p @ weight[block.rows]
 
 
-def _subtract_linear_part(
+def target_share(problem: Problem, grad_loss: Tensor) -> Tensor:
+    """[N], dloss·∂L/∂s of the targets' pairs."""
+    targets = problem.targets
+    weight = live_weight(targets, problem.logits.bias, problem.items.shape[0])
+    return grad_loss[targets.rows] * weight * (1 - problem.label_smoothing)
+
+
+def _subtract_targets(
     problem: Problem, scaled: Tensor, grad_loss: Tensor, d_items: Tensor | None, d_bias: Tensor | None
 ) -> None:
-    """Takes dloss·∂L off the gradients of the items and of the bias."""
+    """Takes the targets' part of dloss·∂L off the gradients of the items and of the bias."""
     targets, num_items = problem.targets, problem.items.shape[0]
     if num_items == 0:
         return
-    share = (
-        grad_loss[targets.rows] * live_weight(targets, problem.logits.bias, num_items) * (1 - problem.label_smoothing)
-    )
+    share = target_share(problem, grad_loss)
     named = targets.items.clamp(0, num_items - 1)
-    ones = torch.ones_like(grad_loss)[:, None]
-    for gradient, vectors in ((d_items, scaled), (None if d_bias is None else d_bias[:, None], ones)):
-        if gradient is None:
-            continue
+    for gradient, vectors in _with_vectors(scaled, d_items, d_bias):
         for start in range(0, len(share), PAIRS):
             part = slice(start, start + PAIRS)
             coefficient = share[part, None]
             rows = torch.where(coefficient == 0, 0.0, coefficient * vectors[targets.rows[part]])
             gradient.index_add_(0, named[part], rows, alpha=-1)
-        if problem.smoothing is not None:
-            problem.smoothing.subtract_gradient(gradient, problem.label_smoothing * grad_loss, vectors)
+
+
+def _subtract_smoothing(problem: Problem, grad_loss: Tensor, d_items: Tensor | None, d_bias: Tensor | None) -> None:
+    """Takes the smoothing's part of dloss·∂L off the gradients of the items and of the bias."""
+    if problem.smoothing is None:
+        return
+    for gradient, vectors in _with_vectors(problem.scaled_query(), d_items, d_bias):
+        problem.smoothing.subtract_gradient(gradient, problem.label_smoothing * grad_loss, vectors)
+
+
+def _with_vectors(scaled: Tensor, d_items: Tensor | None, d_bias: Tensor | None) -> list[tuple[Tensor, Tensor]]:
+    """The gradients that are wanted as matrices, each with the rows' vectors that make it: the bias is an item of width 1."""
+    found = [] if d_items is None else [(d_items, scaled)]
+    return found if d_bias is None else [*found, (d_bias[:, None], torch.ones_like(scaled[:, :1]))]

@@ -1,0 +1,189 @@
+#include "catalogue/cpu_softmax.h"
+
+#include <numeric>
+
+namespace seqrec_fast {
+namespace {
+
+int64_t bytes_of(Format format) { return format == Format::kF64 ? 8 : format == Format::kF32 ? 4 : 2; }
+
+MatrixView columns_from(const MatrixView& matrix, int64_t first, Format format) {
+  MatrixView part = matrix;
+  part.data = static_cast<const char*>(matrix.data) + first * matrix.column_stride * bytes_of(format);
+  return part;
+}
+
+int64_t power_of_two_from(int64_t least) {
+  int64_t power = 1;
+  while (power < least) power *= 2;
+  return power;
+}
+
+double products_of(const SoftmaxCall& call) {
+  const int64_t lanes = std::max<int64_t>(call.num_rows, 16);  // a row alone costs as much as a register of them
+  return static_cast<double>(lanes) * static_cast<double>(call.num_items) *
+         static_cast<double>(call.width + call.value_width + 24);
+}
+
+// Into how many runs of leaves a row's items are cut, so that there are some tasks for every thread.
+int64_t runs_for(int64_t leaves, int64_t groups, int64_t threads) {
+  return threads == 1 ? 1 : std::min(leaves, power_of_two_from((4 * threads + groups - 1) / groups));
+}
+
+}  // namespace
+
+SortedHolder::SortedHolder(const LogitArguments& a, const char* name, const IdLists& from, bool slots) {
+  const int64_t rows = a.query.size(0);
+  const bool padded = from.begin == nullptr;
+  begin_.assign(static_cast<size_t>(rows) + 1, 0);
+  for (int64_t r = 0; r < rows; ++r) {
+    const Range list = list_of(from, r);
+    int64_t count = 0;
+    for (int64_t i = list.begin; i < list.end; ++i) {
+      const int64_t id = integer(from.ids, from.ids_are_64, i);
+      a.check_id(name, padded, id);
+      count += id != -1;
+    }
+    begin_[static_cast<size_t>(r) + 1] = begin_[static_cast<size_t>(r)] + count;
+  }
+  ids_.resize(static_cast<size_t>(begin_.back()));
+  if (slots) slots_.resize(ids_.size());
+  torch::stable::parallel_for(0, rows, 16, [&](int64_t first, int64_t last) {
+    std::vector<std::pair<int64_t, int64_t>> pairs;
+    for (int64_t r = first; r < last; ++r) {
+      const Range list = list_of(from, r);
+      int64_t* to = ids_.data() + begin_[static_cast<size_t>(r)];
+      if (!slots) {
+        int64_t* end = to;
+        for (int64_t i = list.begin; i < list.end; ++i) {
+          const int64_t id = integer(from.ids, from.ids_are_64, i);
+          if (id != -1) *end++ = id;
+        }
+        if (!std::is_sorted(to, end)) std::sort(to, end);
+        continue;
+      }
+      pairs.clear();
+      for (int64_t i = list.begin; i < list.end; ++i) {
+        const int64_t id = integer(from.ids, from.ids_are_64, i);
+        if (id != -1) pairs.emplace_back(id, i);
+      }
+      std::sort(pairs.begin(), pairs.end());
+      int64_t* slot = slots_.data() + begin_[static_cast<size_t>(r)];
+      for (const auto& [id, place] : pairs) *to++ = id, *slot++ = place;
+    }
+  });
+}
+
+Softmax::Softmax(const LogitArguments& given, const std::optional<Tensor>& own_values, int64_t heads,
+                 const std::optional<Tensor>& kept_ids, const std::optional<Tensor>& kept_crow)
+    : arguments((given.check(), given)), values(own_values), num_heads(heads), logits(given) {
+  const Tensor& items = arguments.items;
+  check_value(num_heads >= 1 && items.size(1) % num_heads == 0, arguments.operation,
+              ": the width of query must be a multiple of num_heads");
+  check_value(!values || (values->dim() == 2 && values->size(0) == items.size(0) &&
+                          values->scalar_type() == items.scalar_type() && values->size(1) % num_heads == 0),
+              arguments.operation, ": values must have shape [I, d_v] and the dtype of the keys");
+  static_cast<LogitCall&>(all) = logits.call;
+  check_value(all.format != Format::kF64, arguments.operation, ": float64 has no native kernel");
+  if (arguments.row_scale) all.scale_format = arguments.format(*arguments.row_scale);
+  if (arguments.bias) all.bias_format = arguments.format(*arguments.bias);
+  all.num_rows = arguments.query.size(0);
+  all.width = items.size(1) / num_heads;
+  all.own_values = values.has_value();
+  all.values = values ? matrix(*values) : all.items;
+  all.value_width = values ? values->size(1) / num_heads : all.width;
+  if (all.excluded.ids) excluded = SortedHolder(arguments, "exclude", all.excluded, false);
+  all.lists = excluded.lists();
+  if (kept_ids) {
+    arguments.check_lists("target", *kept_ids, kept_crow);
+    check_value(kept_ids->dim() == 2 || kept_crow || kept_ids->size(0) == all.num_rows, arguments.operation,
+                ": target must have one id per row");
+    kept_list = ListHolder(*kept_ids, kept_crow);
+    kept = SortedHolder(arguments, "target", kept_list.lists, true);
+    all.kept = kept.lists(), all.kept_slot = kept.slots();
+  }
+}
+
+SoftmaxCall Softmax::head(int64_t h) const {
+  SoftmaxCall call = all;
+  call.query = columns_from(all.query, h * all.width, all.format);
+  call.items = columns_from(all.items, h * all.width, all.format);
+  call.values = columns_from(all.values, h * all.value_width, all.format);
+  return call;
+}
+
+void softmax_forward(const SoftmaxCall& call, const SoftmaxResults& results, bool context, float* kept_score) {
+  if (call.num_rows == 0) return;
+  const SoftmaxKernels& kernel = SEQREC_CHOSEN_TABLE(softmax_kernels);
+  const SoftmaxPlan plan = kernel.plan(call);
+  const int64_t groups = (call.num_rows + plan.group_rows - 1) / plan.group_rows;
+  const int64_t threads = threads_for(products_of(call));
+  const int64_t runs = runs_for(plan.leaves, groups, threads), leaves = plan.leaves / runs;
+  const int64_t width = context ? call.value_width : 0;
+  const int64_t floats = plan.group_rows * (width + 2);  // of one run of a group
+  const Memory sums = allocate(groups * runs * floats * 4);
+  if (!sums) throw std::bad_alloc();
+  const auto of = [&](int64_t group, int64_t run) {
+    float* memory = static_cast<float*>(sums.get()) + (group * runs + run) * floats;
+    return SoftmaxSums{memory, memory + plan.group_rows, context ? memory + 2 * plan.group_rows : nullptr};
+  };
+  const auto rows_of = [&](int64_t group) {
+    return std::min(plan.group_rows, call.num_rows - group * plan.group_rows);
+  };
+  share_tasks(groups * runs, threads, plan.scratch_bytes, [&](int64_t task, void* scratch) {
+    const int64_t group = task / runs, run = task % runs;
+    kernel.forward(call, plan, group * plan.group_rows, rows_of(group), run * leaves, leaves, of(group, run),
+                   kept_score, scratch);
+  });
+  share_tasks(groups, threads, 0, [&](int64_t group, void*) {
+    std::vector<SoftmaxSums> parts(static_cast<size_t>(runs));
+    for (int64_t run = 0; run < runs; ++run) parts[static_cast<size_t>(run)] = of(group, run);
+    kernel.finish(call, group * plan.group_rows, rows_of(group), parts.data(), runs, results);
+  });
+}
+
+void softmax_backward(const SoftmaxCall& call, const SoftmaxGradient& gradient, float* direction_sums) {
+  const SoftmaxKernels& kernel = SEQREC_CHOSEN_TABLE(softmax_kernels);
+  const SoftmaxPlan plan = kernel.plan_backward(call, gradient);
+  const int64_t rows = call.num_rows, threads = threads_for(products_of(call) * 2);
+  const bool directed = gradient.direction.data != nullptr;
+  const int64_t padded = (rows + 63) / 64 * 64;
+  const Memory memory = allocate(padded * (2 * (call.width + (directed ? call.value_width : 0)) * 4 + 5) + 64);
+  if (!memory) throw std::bad_alloc();
+  SoftmaxRows prepared;
+  float* next = static_cast<float*>(memory.get());
+  const auto take = [&](int64_t width) { return std::exchange(next, next + padded * width); };
+  prepared.queries = take(call.width), prepared.query_rows = take(call.width);
+  if (directed) prepared.directions = take(call.value_width), prepared.direction_rows = take(call.value_width);
+  prepared.offsets = take(1);
+  prepared.special = reinterpret_cast<uint8_t*>(next);
+  share_tasks((rows + 63) / 64, threads, 0, [&](int64_t task, void*) {
+    kernel.prepare(call, gradient, task * 64, std::min<int64_t>(64, rows - task * 64), prepared);
+  });
+
+  if (!gradient.query) {
+    const int64_t tasks = std::min(plan.chunks, 8 * threads);
+    share_tasks(tasks, threads, plan.scratch_bytes, [&](int64_t task, void* scratch) {
+      kernel.backward(call, plan, gradient, prepared, plan.chunks * task / tasks, plan.chunks * (task + 1) / tasks, 0,
+                      1, nullptr, scratch);
+    });
+    return;
+  }
+  const int64_t runs = runs_for(plan.leaves, 1, threads), leaves = plan.leaves / runs, size = rows * call.width;
+  const Memory others = allocate(std::max<int64_t>(runs - 1, 0) * size * 4);
+  if (!others) throw std::bad_alloc();
+  const auto sums_of = [&](int64_t run) {
+    return run == 0 ? direction_sums : static_cast<float*>(others.get()) + (run - 1) * size;
+  };
+  share_tasks(runs, threads, plan.scratch_bytes, [&](int64_t run, void* scratch) {
+    kernel.backward(call, plan, gradient, prepared, 0, 0, run * leaves, leaves, sums_of(run), scratch);
+  });
+  for (int64_t step = 1; step < runs; step *= 2)
+    for (int64_t run = 0; run < runs; run += 2 * step) {
+      float* lower = sums_of(run);
+      const float* upper = sums_of(run + step);
+      for (int64_t k = 0; k < size; ++k) lower[k] += upper[k];
+    }
+}
+
+}  // namespace seqrec_fast

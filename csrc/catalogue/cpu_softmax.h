@@ -1,0 +1,44 @@
+// Softmax over the catalogue on the CPU: how its forward and backward are cut into tasks.
+#pragma once
+
+#include "catalogue/cpu_tasks.h"
+#include "catalogue/softmax_call.h"
+
+namespace seqrec_fast {
+
+// Lists of ids by row, ascending: made from padded or compressed ones, and checked on the way.
+class SortedHolder {
+ public:
+  SortedHolder() = default;
+  // slots: also where in the given list each id stood.
+  SortedHolder(const LogitArguments& a, const char* name, const IdLists& from, bool slots);
+
+  SortedLists lists() const { return {ids_.data(), begin_.empty() ? nullptr : begin_.data()}; }
+  const int64_t* slots() const { return slots_.data(); }
+
+ private:
+  std::vector<int64_t> ids_, begin_, slots_;
+};
+
+// One softmax over the catalogue, before it is cut into heads.
+struct Softmax {
+  Softmax(const LogitArguments& arguments, const std::optional<Tensor>& values, int64_t num_heads,
+          const std::optional<Tensor>& kept, const std::optional<Tensor>& kept_crow);
+
+  SoftmaxCall head(int64_t h) const;
+
+  LogitArguments arguments;
+  std::optional<Tensor> values;
+  int64_t num_heads;
+  Logits logits;
+  ListHolder kept_list;
+  SortedHolder excluded, kept;
+  SoftmaxCall all;  // the widths of a head, the data of the first
+};
+
+void softmax_forward(const SoftmaxCall& call, const SoftmaxResults& results, bool context, float* kept_score);
+
+// direction_sums: [B, d] Σᵢ ds·k_i of this head where gradient.query.
+void softmax_backward(const SoftmaxCall& call, const SoftmaxGradient& gradient, float* direction_sums);
+
+}  // namespace seqrec_fast

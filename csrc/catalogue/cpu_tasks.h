@@ -1,0 +1,37 @@
+// Work that is cut into tasks, which threads take one after another: one that was held up does little of the rest.
+#pragma once
+
+#include <atomic>
+#include <cstring>
+
+#include "catalogue/cpu_arguments.h"
+
+namespace seqrec_fast {
+
+// How many threads `products` multiply-adds are worth.
+inline int64_t threads_for(double products) {
+  const int64_t available = static_cast<int64_t>(torch::stable::get_num_threads());
+  return std::clamp<int64_t>(static_cast<int64_t>(products / static_cast<double>(kProductsPerThread)), 1, available);
+}
+
+// Calls work(task, scratch) for every task; a thread's scratch stays the same, and its first 64 bytes are zero at
+// first.
+template <class Work>
+void share_tasks(int64_t tasks, int64_t threads, int64_t scratch_bytes, const Work& work) {
+  std::atomic<int64_t> next{0};
+  std::atomic<bool> out_of_memory{false};
+  torch::stable::parallel_for(0, std::min(threads, tasks), 1, [&](int64_t begin, int64_t end) {
+    if (begin >= end) return;
+    const KeepDenormals keep;
+    const Memory scratch = allocate(std::max<int64_t>(scratch_bytes, 64));
+    if (!scratch) {
+      out_of_memory = true;
+      return;
+    }
+    std::memset(scratch.get(), 0, 64);
+    for (int64_t task = next.fetch_add(1); task < tasks; task = next.fetch_add(1)) work(task, scratch.get());
+  });
+  if (out_of_memory) throw std::bad_alloc();
+}
+
+}  // namespace seqrec_fast

@@ -1,0 +1,281 @@
+// The gradient of a softmax over the catalogue: ds[i, r] = p·(g_r·v_i - g_r·c_r + w_r), p = exp(s - shift).
+//
+//     dk_i = Σ_r ds·q'_r        dv_i = Σ_r p·g_r        dbias_i = Σ_r ds        dq_r = Σᵢ ds·k_i (without its factor)
+//
+// Items stay and rows pass: the gradient of a chunk of items is finished, and written once, before the next is begun.
+// A sum over rows goes group by group in the order of the rows; a sum over items as in the forward.
+#pragma once
+
+#include "catalogue/softmax_forward.h"
+#include "common/lanes.h"
+
+namespace seqrec_fast::SEQREC_TIER {
+
+template <class T>
+struct Backward {
+  const SoftmaxCall& call;
+  const SoftmaxPlan& plan;
+  const SoftmaxGradient& gradient;
+  Chunk<T> chunk;
+  float* weights;      // [chunk, group] p
+  float* derivatives;  // [chunk, group] ds
+  float* zeros;        // [chunk] start values of g·v
+  float* item_sums;    // [chunk, d]
+  float* value_sums;   // [chunk, d_v]
+  float* stack;        // sums over items of unfinished leaves, [B, d] each
+  int64_t* list_places;
+  int64_t* kept_places;
+  SoftmaxRows rows{};
+
+  Backward(const SoftmaxCall& call, const SoftmaxPlan& plan, const SoftmaxGradient& gradient, Layout& layout)
+      : call(call), plan(plan), gradient(gradient), chunk(call, plan.chunk_items, gradient.query, layout) {
+    const int64_t most = up_to(plan.chunk_items, kTile);
+    weights = layout.take<float>(most * plan.group_rows);
+    derivatives = directed() ? layout.take<float>(most * plan.group_rows) : weights;
+    zeros = layout.take<float>(most);
+    item_sums = layout.take<float>(most * call.width);
+    value_sums = layout.take<float>(most * call.value_width);
+    stack = gradient.query ? layout.take<float>(levels_of(plan.leaves) * call.num_rows * call.width) : nullptr;
+    list_places = layout.take<int64_t>(call.num_rows);
+    kept_places = layout.take<int64_t>(call.num_rows);
+  }
+
+  bool directed() const { return gradient.direction.data != nullptr; }
+
+  void run(int64_t first_chunk, int64_t last_chunk, int64_t first_leaf, int64_t num_leaves, float* query_sums) {
+    for (int64_t i = 0; i < up_to(plan.chunk_items, kTile); ++i) zeros[i] = 0.0f;
+    if (!gradient.query) {
+      add_chunks(first_chunk, last_chunk, nullptr);
+      return;
+    }
+    const int64_t size = call.num_rows * call.width;
+    const auto level = [&](int64_t n) { return n == 0 ? query_sums : stack + (n - 1) * size; };
+    int64_t top = 0;
+    for (int64_t leaf = 0; leaf < num_leaves; ++leaf) {
+      float* sums = level(top++);
+      for (int64_t k = 0; k < size; ++k) sums[k] = 0.0f;
+      add_chunks(first_chunk_of(plan, first_leaf + leaf), first_chunk_of(plan, first_leaf + leaf + 1), sums);
+      for (int64_t n = leaf + 1; n % 2 == 0; n /= 2, --top) {
+        float* lower = level(top - 2);
+        const float* upper = level(top - 1);
+        for (int64_t k = 0; k < size; ++k) lower[k] += upper[k];
+      }
+    }
+  }
+
+  void add_chunks(int64_t begin, int64_t end, float* query_sums) {
+    Cursors lists(call.lists, list_places), kept(call.kept, kept_places);
+    lists.seek(0, call.num_rows, begin * plan.chunk_items);
+    kept.seek(0, call.num_rows, begin * plan.chunk_items);
+    for (int64_t c = begin; c < end; ++c) {
+      const int64_t first = c * plan.chunk_items;
+      chunk.stage(first, least(plan.chunk_items, call.num_items - first));
+      float* of_items = sums_for(gradient.items, gradient.item_stride, call.width, item_sums);
+      float* of_values = sums_for(gradient.values, gradient.value_stride, call.value_width, value_sums);
+      if (gradient.bias && !gradient.add_bias)
+        for (int64_t i = 0; i < chunk.count; ++i) gradient.bias[first + i] = 0.0f;
+      for (int64_t row = 0; row < call.num_rows; row += plan.group_rows) {
+        const int64_t count = least(plan.group_rows, call.num_rows - row);
+        for (int64_t block = 0; block < count; block += kBlock) {
+          const int64_t lanes = least(kBlock, count - block);
+          // A block of few rows is narrower in the panel only where it is the last.
+          if (lanes > kLanes)
+            derive<kWide>(row + block, lanes, block, lists, kept);
+          else
+            derive<1>(row + block, lanes, block, lists, kept);
+        }
+        add_group(row, count, of_items, of_values, query_sums);
+      }
+      if (!call.num_rows) clear(of_items, call.width), clear(of_values, call.value_width);
+      write(gradient.items, gradient.item_stride, call.width, of_items);
+      write(gradient.values, gradient.value_stride, call.value_width, of_values);
+    }
+  }
+
+  // Where the sums of a chunk are formed: in the result itself where that is fp32 and contiguous.
+  float* sums_for(void* result, int64_t stride, int64_t width, float* own) const {
+    if (!result) return nullptr;
+    if (gradient.item_format != Format::kF32 || stride != width) return own;
+    return static_cast<float*>(result) + chunk.first * stride;
+  }
+  void clear(float* sums, int64_t width) const {
+    if (!sums) return;
+    for (int64_t k = 0; k < chunk.count * width; ++k) sums[k] = 0.0f;
+  }
+  void write(void* result, int64_t stride, int64_t width, const float* sums) const {
+    if (!result || (gradient.item_format == Format::kF32 && stride == width)) return;
+    with_format(gradient.item_format, [&](auto element) {
+      using Out = decltype(element);
+      if constexpr (!kIsDouble<Out>)
+        for (int64_t i = 0; i < chunk.count; ++i)
+          narrow(sums + i * width, width, static_cast<Out*>(result) + (chunk.first + i) * stride);
+    });
+  }
+
+  // p and ds of one block of rows, at `column` of the group's buffers.
+  template <int kVectors>
+  SEQREC_METHOD void derive(int64_t row, int64_t lanes, int64_t column, Cursors& lists, Cursors& kept) {
+    const int64_t stride = plan.group_rows;
+    float *p = weights + column, *ds = derivatives + column;
+    const Ahead nothing{reinterpret_cast<const char*>(chunk.keys), 0};
+    chunk.template score<kVectors>(rows.queries + row * call.width, p, stride, nothing);
+    if (row == 0) chunk.template look_at<kVectors>(p, stride);
+    exclude<kVectors>(chunk, lists, kept, row, lanes, p, stride);
+    F32 shift[kVectors], weight[kVectors];
+#pragma GCC unroll 4
+    for (int u = 0; u < kVectors; ++u) {
+      const int left = static_cast<int>(least(kLanes, most(lanes - u * kLanes, 0)));
+      shift[u] = load_first(gradient.shift + row + (left ? u * kLanes : 0), left);
+      weight[u] = load_first(gradient.weight + row + (left ? u * kLanes : 0), left);
+    }
+    if (directed())
+      derive_directed<kVectors>(row, p, ds, shift, weight);
+    else
+      for (int64_t i = 0; i < chunk.count; ++i)
+#pragma GCC unroll 4
+        for (int u = 0; u < kVectors; ++u) {
+          float* at = p + i * stride + u * kLanes;
+          store(at, exp_of_difference<false>(load(at) - shift[u]) * weight[u]);
+        }
+    kept.pass(row, row + lanes, chunk.first + chunk.count, true, [&](int64_t r, int64_t item, int64_t place) {
+      if (gradient.kept_gradient)
+        ds[(item - chunk.first) * stride + r - row] -= gradient.kept_gradient[call.kept_slot[place]];
+    });
+  }
+
+  template <int kVectors>
+  SEQREC_METHOD void derive_directed(int64_t row, float* p, float* ds, const F32 (&shift)[kVectors],
+                                     const F32 (&weight)[kVectors]) {
+    const int64_t stride = plan.group_rows;
+    const Vectors<T>& values = chunk.values;
+    const float* directions = rows.directions + row * values.width;
+    F32 offset[kVectors];
+#pragma GCC unroll 4
+    for (int u = 0; u < kVectors; ++u) offset[u] = load(rows.offsets + row + u * kLanes);
+    for (int64_t i = 0; i < chunk.padded; i += kTile) {
+      F32 tile[kTile][kVectors];
+      const Ahead nothing{reinterpret_cast<const char*>(values.data), 0};
+      score_tile<kVectors>(directions, values.width, values.data + i * values.width, values.width, zeros, nothing,
+                           tile);
+#pragma GCC unroll 16
+      for (int j = 0; j < kTile; ++j)
+#pragma GCC unroll 4
+        for (int u = 0; u < kVectors; ++u) {
+          const int64_t at = (i + j) * stride + u * kLanes;
+          const F32 probability = exp_of_difference<false>(load(p + at) - shift[u]);
+          store(p + at, probability);
+          // A pair of no probability has no gradient, whatever its vectors hold.
+          const F32 product = probability * (tile[j][u] - offset[u] + weight[u]);
+          store(ds + at, (F32)((I32)product & ~(I32)(probability == 0.0f)));
+        }
+    }
+    constexpr int64_t kStride = kVectors * kLanes;
+    for (int64_t s = 0; s < values.num_special; ++s)
+      for (int64_t lane = 0; lane < kStride; ++lane) {
+        const int64_t at = values.special[s] * stride + lane;
+        if (p[at] == 0.0f) continue;
+        float product = 0.0f;
+        for (int64_t k = 0; k < values.width; ++k)
+          product += directions[k * kStride + lane] * values.special_value(s, k);
+        ds[at] = p[at] * (product - rows.offsets[row + lane] + weight[lane / kLanes][lane % kLanes]);
+      }
+  }
+
+  // One product of the chunk's pairs with vectors of rows, out[i] += Σ_r pair[i, r]·vector[r].
+  void add_rows(const float* pairs, int64_t row, int64_t count, const float* vectors, const float* panel, int64_t width,
+                float* out, bool accumulate) {
+    const int64_t stride = plan.group_rows;
+    product_part(Product<float>{pairs, stride, 1, vectors + row * width, out, chunk.count, width, count, accumulate}, 0,
+                 1, 1);
+    for (int64_t r = 0; r < count; ++r) {
+      if (!rows.special[row + r]) continue;
+      const int64_t block = (row + r) / kBlock * kBlock, lanes = call.num_rows - block <= kLanes ? kLanes : kBlock;
+      const float* vector = panel + block * width + (row + r - block);
+      for (int64_t i = 0; i < chunk.count; ++i)
+        if (pairs[i * stride + r] != 0.0f)
+          for (int64_t k = 0; k < width; ++k) out[i * width + k] += pairs[i * stride + r] * vector[k * lanes];
+    }
+  }
+
+  // The products of a group of rows, whose pairs are in the buffers.
+  void add_group(int64_t row, int64_t count, float* of_items, float* of_values, float* query_sums) {
+    const bool more = row > 0;
+    if (of_items) {
+      add_rows(derivatives, row, count, rows.query_rows, rows.queries, call.width, of_items, more);
+      if (directed() && !call.own_values)
+        add_rows(weights, row, count, rows.direction_rows, rows.directions, call.width, of_items, true);
+    }
+    if (of_values)
+      add_rows(weights, row, count, rows.direction_rows, rows.directions, call.value_width, of_values, more);
+    if (query_sums) add_items(count, query_sums + row * call.width);
+    if (gradient.bias) add_bias(count);
+  }
+
+  // out[r] += Σᵢ ds[i, r]·k_i.
+  void add_items(int64_t count, float* out) {
+    const int64_t stride = plan.group_rows;
+    const Vectors<T>& keys = chunk.clean_keys();
+    product_part(Product<float>{derivatives, 1, stride, keys.data, out, count, keys.width, chunk.count, true}, 0, 1, 1);
+    for (int64_t s = 0; s < keys.num_special; ++s)
+      for (int64_t r = 0; r < count; ++r) {
+        const float ds = derivatives[keys.special[s] * stride + r];
+        if (ds == 0.0f) continue;
+        for (int64_t k = 0; k < keys.width; ++k) out[r * keys.width + k] += ds * keys.special_value(s, k);
+      }
+  }
+
+  void add_bias(int64_t count) {
+    for (int64_t i = 0; i < chunk.count; ++i) {
+      const float* ds = derivatives + i * plan.group_rows;
+      F32 sum{};
+      int64_t r = 0;
+      for (; r + kLanes <= count; r += kLanes) sum = sum + load(ds + r);
+      if (r < count) sum = sum + load_first(ds + r, static_cast<int>(count - r));
+      gradient.bias[chunk.first + i] += reduce_add(sum);
+    }
+  }
+};
+
+// Rows [begin, end), begin a multiple of kBlock: scaled queries and directions, as panels and by row.
+template <class T>
+void prepare_rows(const SoftmaxCall& call, const SoftmaxGradient& gradient, int64_t begin, int64_t end,
+                  const SoftmaxRows& rows) {
+  const auto put = [&]<class Element>(Element, const MatrixView& from, int64_t width, bool scaled, float* panel,
+                                      float* by_row) {
+    const Panel to{panel, width, call.num_rows};
+    for (int64_t k = begin * width; k < up_to(end, end == call.num_rows ? kLanes : kBlock) * width; ++k)
+      panel[k] = 0.0f;
+    for (int64_t r = begin; r < end; ++r) {
+      const Element* source = row_of<Element>(from, r);
+      const double factor = scaled ? factor_of(call, r) : 1.0;
+      pack_row(to, r, source, from.column_stride, factor);
+      float sum = 0.0f;
+      for (int64_t k = 0; k < width; ++k) {
+        const float x = static_cast<float>(static_cast<double>(value(source[k * from.column_stride])) * factor);
+        by_row[r * width + k] = x;
+        sum += x * 0.0f;
+      }
+      if (sum != 0.0f) rows.special[r] = 1;
+    }
+  };
+  for (int64_t r = begin; r < end; ++r) rows.special[r] = 0;
+  put(T{}, call.query, call.width, true, rows.queries, rows.query_rows);
+  if (gradient.direction.data) {
+    put(float{}, gradient.direction, call.value_width, false, rows.directions, rows.direction_rows);
+    for (int64_t r = begin; r < end; ++r) {
+      // Summed as score_tile sums g·v: where one item has all the probability, nothing of the difference is left.
+      const float *g = row_of<float>(gradient.direction, r), *c = row_of<float>(gradient.context, r);
+      F32 sum{};
+      for (int64_t k = 0; k < call.value_width; ++k) sum = fma(broadcast(g[k]), broadcast(c[k]), sum);
+      rows.offsets[r] = sum[0];
+    }
+  }
+  for (int64_t r = begin; r < end; ++r) {
+    if (!rows.special[r]) continue;
+    for (int64_t k = 0; k < call.width; ++k) rows.query_rows[r * call.width + k] = 0.0f;
+    if (gradient.direction.data)
+      for (int64_t k = 0; k < call.value_width; ++k) rows.direction_rows[r * call.value_width + k] = 0.0f;
+  }
+}
+
+}  // namespace seqrec_fast::SEQREC_TIER

@@ -1,0 +1,308 @@
+// A chunk of items on its way through the softmax kernels: vectors as contiguous fp32, scores of a block of rows, and
+// the pairs among them that are excluded or kept.
+#pragma once
+
+#include "catalogue/exact.h"
+#include "catalogue/softmax_call.h"
+#include "common/scratch.h"
+#include "common/vector_math.h"
+
+namespace seqrec_fast::SEQREC_TIER {
+
+SEQREC_INLINE int64_t up_to(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+SEQREC_INLINE float infinity() { return __builtin_inff(); }
+SEQREC_INLINE bool is_finite(float x) { return __builtin_fabsf(x) < infinity(); }
+
+SEQREC_INLINE float option_at(const VectorView& vector, Format format, int64_t i) {
+  return with_format(format, [&](auto element) { return static_cast<float>(at<decltype(element)>(vector, i)); });
+}
+
+// The factor of one row's query.
+SEQREC_INLINE double factor_of(const SoftmaxCall& call, int64_t row) {
+  return call.row_scale.data ? call.scale * static_cast<double>(option_at(call.row_scale, call.scale_format, row))
+                             : call.scale;
+}
+
+// First place in [begin, end) whose id is not below `id`.
+SEQREC_INLINE int64_t first_not_below(const int64_t* ids, int64_t begin, int64_t end, int64_t id) {
+  while (begin < end) {
+    const int64_t middle = begin + (end - begin) / 2;
+    if (ids[middle] < id)
+      begin = middle + 1;
+    else
+      end = middle;
+  }
+  return begin;
+}
+
+// Walks the rows' sorted lists as the items pass by.
+class Cursors {
+ public:
+  Cursors(const SortedLists& lists, int64_t* places) : lists_(lists), places_(places) {}
+
+  // The next items will be those from `item` on.
+  void seek(int64_t first_row, int64_t num_rows, int64_t item) {
+    first_row_ = first_row;
+    if (!lists_.begin) return;
+    for (int64_t r = 0; r < num_rows; ++r)
+      places_[r] = first_not_below(lists_.ids, lists_.begin[first_row + r], lists_.begin[first_row + r + 1], item);
+  }
+
+  // Calls visit(row - first row, item, place) for the pairs of rows [begin, end) with items below `last`, once each.
+  template <class Visit>
+  SEQREC_METHOD void pass(int64_t begin, int64_t end, int64_t last, bool advance, const Visit& visit) {
+    if (!lists_.begin) return;
+    for (int64_t r = begin; r < end; ++r) {
+      int64_t place = places_[r];
+      const int64_t stop = lists_.begin[first_row_ + r + 1];
+      for (; place < stop && lists_.ids[place] < last; ++place) visit(r, lists_.ids[place], place);
+      if (advance) places_[r] = place;
+    }
+  }
+
+  bool any() const { return lists_.begin != nullptr; }
+
+ private:
+  SortedLists lists_;
+  int64_t* places_;
+  int64_t first_row_ = 0;
+};
+
+// Vectors of a chunk of items as contiguous fp32, zeros behind the last, for products with probabilities.
+//
+// Products meet probabilities of 0 with vectors that hold NaN or ±∞, which must leave no trace there. Such vectors are
+// cleared for the products, and their pairs added one by one.
+template <class T>
+struct Vectors {
+  MatrixView from;
+  int64_t width = 0, first = 0, count = 0, padded = 0;
+  const float* data = nullptr;  // [padded, width]
+  int64_t num_special = 0;
+  int32_t* special = nullptr;  // the vectors that were cleared
+
+  void reserve(const MatrixView& matrix, int64_t columns, int64_t most, Layout& layout) {
+    from = matrix, width = columns;
+    staged_ = layout.take<float>(most * width);
+    special = layout.take<int32_t>(most);
+  }
+
+  // copy: a contiguous fp32 copy that is there already, or null.
+  void stage(int64_t first_item, int64_t num_items, const float* copy) {
+    first = first_item, count = num_items, padded = up_to(num_items, kTile);
+    num_special = 0;
+    data = copy ? copy : staged_;
+    if (copy) return;
+    if constexpr (__is_same(T, float)) {
+      if (padded == count && from.column_stride == 1 && (from.row_stride == width || count == 1)) {
+        data = reinterpret_cast<const float*>(row_of<T>(from, first));
+        return;
+      }
+    }
+    copy_to(staged_);
+  }
+
+  void copy_to(float* to) const {
+    for (int64_t i = 0; i < count; ++i) read_row(row_of<T>(from, first + i), from.column_stride, width, to + i * width);
+    for (int64_t k = count * width; k < padded * width; ++k) to[k] = 0.0f;
+  }
+
+  void clear_special() {
+    for (int64_t i = 0; i < count; ++i) {
+      float sum = 0.0f;  // NaN where anything is not finite
+      for (int64_t k = 0; k < width; ++k) sum += data[i * width + k] * 0.0f;
+      if (sum != 0.0f) special[num_special++] = static_cast<int32_t>(i);
+    }
+    if (!num_special) return;
+    if (data != staged_) copy_to(staged_);
+    data = staged_;
+    for (int64_t s = 0; s < num_special; ++s)
+      for (int64_t k = 0; k < width; ++k) staged_[special[s] * width + k] = 0.0f;
+  }
+
+  float special_value(int64_t s, int64_t k) const {
+    return static_cast<float>(value(row_of<T>(from, first + special[s])[k * from.column_stride]));
+  }
+
+ private:
+  float* staged_;
+};
+
+template <class T>
+struct Chunk {
+  const SoftmaxCall& call;
+  int64_t first = 0, count = 0, padded = 0;
+  const float* keys = nullptr;  // as they are
+  int64_t key_stride = 0;
+  Vectors<T> values;
+  Vectors<T> own_keys;           // where the values are others, and the keys go into products too
+  const float* start = nullptr;  // [padded] bias
+
+  // With the layout's memory null only the size is counted.
+  Chunk(const SoftmaxCall& call, int64_t chunk_items, bool multiply_keys, Layout& layout)
+      : call(call), multiply_keys_(multiply_keys && call.own_values) {
+    const int64_t most = up_to(chunk_items, kTile);
+    staged_keys_ = layout.take<float>(most * call.width);
+    values.reserve(call.values, call.value_width, most, layout);
+    if (multiply_keys_) own_keys.reserve(call.items, call.width, most, layout);
+    start_ = layout.take<float>(most);
+    dead_ = layout.take<int32_t>(most);
+  }
+
+  // The keys as products take them.
+  const Vectors<T>& clean_keys() const { return call.own_values ? own_keys : values; }
+
+  void stage(int64_t first_item, int64_t num_items) {
+    first = first_item, count = num_items, padded = up_to(num_items, kTile);
+    const float* copy = nullptr;
+    if (__is_same(T, float) && padded == count && call.items.column_stride == 1) {
+      keys = reinterpret_cast<const float*>(row_of<T>(call.items, first)), key_stride = call.items.row_stride;
+    } else {
+      for (int64_t i = 0; i < count; ++i)
+        read_row(row_of<T>(call.items, first + i), call.items.column_stride, call.width, staged_keys_ + i * call.width);
+      for (int64_t k = count * call.width; k < padded * call.width; ++k) staged_keys_[k] = 0.0f;
+      keys = copy = staged_keys_, key_stride = call.width;
+    }
+    values.stage(first, count, call.own_values ? nullptr : copy);
+    if (multiply_keys_) own_keys.stage(first, count, copy);
+    num_dead_ = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const float bias = call.bias.data ? option_at(call.bias, call.bias_format, first + i) : 0.0f;
+      start_[i] = bias;
+      if (bias == -infinity()) dead_[num_dead_++] = static_cast<int32_t>(i);
+    }
+    for (int64_t i = count; i < padded; ++i) start_[i] = 0.0f;
+    start = start_;
+    first_skipped_ = first_not_below(call.skipped, 0, call.num_skipped, first);
+    if (call.own_values) values.clear_special();
+  }
+
+  // Called with the scores of a block of rows, before exclusion: where a vector of keys is not finite, no row's score
+  // is.
+  template <int kVectors>
+  void look_at(const float* scores, int64_t stride) {
+    F32 sum{};
+    for (int64_t i = 0; i < count; ++i)
+      for (int u = 0; u < kVectors; ++u) sum = sum + load(scores + i * stride + u * kLanes) * 0.0f;
+    if (!any((I32)(sum != 0.0f))) return;
+    if (!call.own_values)
+      values.clear_special();
+    else if (multiply_keys_)
+      own_keys.clear_special();
+  }
+
+  // scores[i][lane] of kVectors registers of rows, `stride` floats from item to item.
+  template <int kVectors>
+  SEQREC_METHOD void score(const float* queries, float* scores, int64_t stride, const Ahead& ahead) const {
+    Ahead next = ahead;
+    for (int64_t i = 0; i < padded; i += kTile) {
+      F32 tile[kTile][kVectors];
+      score_tile<kVectors>(queries, call.width, keys + i * key_stride, key_stride, start + i, next, tile);
+      next.address += call.width / kTurn * next.step;
+#pragma GCC unroll 16
+      for (int j = 0; j < kTile; ++j)
+#pragma GCC unroll 4
+        for (int u = 0; u < kVectors; ++u) store(scores + (i + j) * stride + u * kLanes, tile[j][u]);
+    }
+  }
+
+  // Items that are excluded for every row.
+  template <class Clear>
+  SEQREC_METHOD void each_skipped(const Clear& clear) const {
+    for (int64_t s = first_skipped_; s < call.num_skipped && call.skipped[s] < first + count; ++s)
+      clear(call.skipped[s] - first);
+  }
+  template <class Clear>
+  SEQREC_METHOD void each_dead(const Clear& clear) const {
+    for (int64_t d = 0; d < num_dead_; ++d) clear(dead_[d]);
+  }
+  bool skips() const { return first_skipped_ < call.num_skipped && call.skipped[first_skipped_] < first + count; }
+
+ private:
+  float *staged_keys_, *start_;
+  int32_t* dead_;
+  int64_t num_dead_ = 0, first_skipped_ = 0;
+  bool multiply_keys_;
+};
+
+// One row with many kept pairs: an excluded id is looked up among them.
+template <class T>
+__attribute__((noinline)) void exclude_around(const Chunk<T>& chunk, Cursors& lists, Cursors& kept, int64_t r,
+                                              float* scores, int64_t stride) {
+  const int64_t last = chunk.first + chunk.count;
+  const auto out = [&](int64_t id) {
+    bool is_kept = false;
+    kept.pass(r, r + 1, last, false, [&](int64_t, int64_t item, int64_t) { is_kept |= item == id; });
+    if (!is_kept) scores[(id - chunk.first) * stride] = -infinity();
+  };
+  lists.pass(r, r + 1, last, true, [&](int64_t, int64_t item, int64_t) { out(item); });
+  chunk.each_skipped([&](int64_t i) { out(chunk.first + i); });
+}
+
+// Excluded scores of a block become -inf, but those of kept pairs stay; items with a bias of -inf are out whatever
+// their vectors hold. Rows [begin, begin + rows) of the group whose lists the cursors walk, at `scores` lane 0 ….
+// The cursors of the kept pairs stay where they are.
+template <int kVectors, class T>
+SEQREC_INLINE void exclude(const Chunk<T>& chunk, Cursors& lists, Cursors& kept, int64_t begin, int64_t rows,
+                           float* scores, int64_t stride) {
+  const int64_t end = begin + rows, last = chunk.first + chunk.count;
+  constexpr int kSaved = 64;
+  const bool restores = kept.any() && (lists.any() || chunk.skips());
+  const auto clear = [&](int64_t i) {
+    for (int u = 0; u < kVectors; ++u) store(scores + i * stride + u * kLanes, broadcast(-infinity()));
+  };
+  if (restores) {
+    // Kept scores are put aside a few rows at a time: a row may have any number of them.
+    for (int64_t r = begin; r < end; ++r) {
+      float saved[kSaved];
+      int64_t count = 0;
+      kept.pass(r, r + 1, last, false, [&](int64_t, int64_t item, int64_t) {
+        if (count < kSaved) saved[count] = scores[(item - chunk.first) * stride + r - begin];
+        ++count;
+      });
+      if (count > kSaved) {
+        exclude_around(chunk, lists, kept, r, scores + (r - begin), stride);
+        continue;
+      }
+      const auto out = [&](int64_t, int64_t item, int64_t) {
+        scores[(item - chunk.first) * stride + r - begin] = -infinity();
+      };
+      lists.pass(r, r + 1, last, true, out);
+      chunk.each_skipped([&](int64_t i) { scores[i * stride + r - begin] = -infinity(); });
+      int64_t next = 0;
+      kept.pass(r, r + 1, last, false, [&](int64_t, int64_t item, int64_t) {
+        scores[(item - chunk.first) * stride + r - begin] = saved[next++];
+      });
+    }
+  } else {
+    lists.pass(begin, end, last, true, [&](int64_t r, int64_t item, int64_t) {
+      scores[(item - chunk.first) * stride + r - begin] = -infinity();
+    });
+    chunk.each_skipped(clear);
+  }
+  chunk.each_dead(clear);
+}
+
+// e^x for x at most a little above 0 (a score less the largest), to 2 units in the last place; 0 below 2^-126, NaN for
+// NaN, and where kMayBeInfinite +∞ for +∞. 13 instructions where the general exp has 20: x = n·ln2 + r, and n + 127
+// falls out of the sum that rounds, as the exponent of 2^n, which is 0 for n = -127. The polynomial is the minimax one
+// of degree 6 that begins 1 + r (relative error 4e-9).
+template <bool kMayBeInfinite>
+SEQREC_INLINE F32 exp_of_difference(F32 x) {
+  if constexpr (kMayBeInfinite) x = min(broadcast(89.0f), x);  // n = 128 gives 2^n = +∞
+  x = max(broadcast(-88.1f), x);                               // n = -127
+  const F32 magic = broadcast(0x1.8p23f + 127.0f);
+  const F32 shifted = fma(x, broadcast(0x1.715476p0f), magic);
+  const F32 n = shifted - magic;
+  // ln2 in two parts; the first has 9 trailing zeros, so n times it is exact.
+  F32 r = fma(n, broadcast(-0x1.62e4p-1f), x);
+  r = fma(n, broadcast(-0x1.7f7d1cp-20f), r);
+  F32 p = fma(broadcast(0x1.6a23dp-10f), r, broadcast(0x1.123a2p-7f));
+  p = fma(p, r, broadcast(0x1.5558f2p-5f));
+  p = fma(p, r, broadcast(0x1.555492p-3f));
+  p = fma(p, r, broadcast(0x1.fffffcp-2f));
+  p = fma(p, r, broadcast(1.0f));
+  p = fma(p, r, broadcast(1.0f));
+  return p * (F32)((I32)shifted << 23);
+}
+
+}  // namespace seqrec_fast::SEQREC_TIER

@@ -118,10 +118,14 @@ NATIVE_ONLY = {
     # exclusion touches  ->  shift, log_total [B], context [B,d] ([0] unless asked for), kept scores [N], all fp32
     "catalogue_softmax": f"(Tensor query, Tensor items, {_LOGITS}, Tensor kept, Tensor? kept_crow, bool context)"
     " -> (Tensor shift, Tensor log_total, Tensor context, Tensor kept_scores)",
-    # of the sum of weight·lse less kept_gradient·score  ->  ditems (fp32 if wide), dbias fp32; [0] where not asked for
+    # of the sum of weight·lse less kept_gradient·score  ->  ditems (fp32 if wide), dbias fp32, skipped [B] fp32; [0] where not
+    # asked for
     "catalogue_softmax_backward": f"(Tensor weight, Tensor lse, Tensor query, Tensor items, {_LOGITS}, Tensor kept,"
-    " Tensor? kept_crow, Tensor kept_gradient, bool wants_items, bool wants_bias, bool wide)"
-    " -> (Tensor ditems, Tensor dbias)",
+    " Tensor? kept_crow, Tensor kept_gradient, bool wants_items, bool wants_bias, float skip_mass, bool wide)"
+    " -> (Tensor ditems, Tensor dbias, Tensor skipped)",
+    # memory that the two, or with `attention` catalogue_attention and its backward, take beside arguments and results
+    "catalogue_softmax_bytes": "(int num_rows, int num_items, int width, int value_width, bool own_values, bool attention,"
+    " bool backward, int threads) -> int",
 }
 
 

@@ -50,6 +50,7 @@ class _Call:
     bias: bool
     gradient: bool
     smoothing: bool
+    own_values: bool
 
 
 def workspace_bytes(op_name: str, *args: Any, **options: Any) -> int:
@@ -90,8 +91,8 @@ def workspace_bytes(op_name: str, *args: Any, **options: Any) -> int:
     # By the options that a backend may refuse; the others do not decide.
     names = frozenset(name for name in ("bias", "exclude") if given[name] is not None)
     spec = Spec(op_name, "cpu" if device == "meta" else device, call.dtype, (int(given["query"].shape[-1]),), names)
-    if _dispatch.choose(spec) == "native":
-        return _native_rank(call)
+    if _dispatch.choose(spec) == "native" and not call.candidates:
+        return _native_rank(call) if op_name == "catalogue_rank" else _native_softmax(call)
     forward = _reference(call)
     return forward + _backward(call) if call.gradient else forward
 
@@ -118,6 +119,7 @@ def _describe(operator: str, given: dict[str, Any]) -> _Call:
         bias=given["bias"] is not None,
         gradient=torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in floating),
         smoothing=bool(given.get("label_smoothing", 0)),
+        own_values=given.get("values") is not None,
     )  # fmt: skip
 
 
@@ -199,6 +201,19 @@ def _backward(call: _Call) -> int:
         return kept + sums + 4 * touched * (call.width + 2) * size
     plan = _plan(call)
     return kept + sums + (plan.block_rows * plan.chunk_items + plan.chunk_items * (call.width + 2)) * size
+
+
+def _native_softmax(call: _Call) -> int:
+    """csrc/catalogue/cpu_softmax.cpp, and the vectors by row around it."""
+    attention = call.operator == "catalogue_attention"
+    sizes = (call.rows, call.items, call.width, call.value_width, call.own_values, attention, call.gradient)
+    kernels = int(torch.ops.seqrec_fast_native.catalogue_softmax_bytes.default(*sizes, torch.get_num_threads()))
+    widths = (call.width + call.value_width) * call.heads
+    by_row = call.rows * (4 * widths + 24) * 4
+    lists = 16 * call.pairs + 48 * call.targets  # sorted; targets with weights and scores
+    if call.smoothing:
+        kernels += _smoothing_bytes(call, _plan(call)) + (call.items * widths * 2 if call.dtype.itemsize == 2 else 0)
+    return kernels + by_row + lists
 
 
 def _native_rank(call: _Call) -> int:

@@ -80,7 +80,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> catalogue_attention_backward(
     if (mask[4]) gradient.bias = d_bias_wide.mutable_data_ptr<float>(), gradient.add_bias = h > 0;
     gradient.query = wants_query;
     softmax_backward(softmax.head(h), gradient,
-                     wants_query ? sums.mutable_data_ptr<float>() + h * rows * all.width : nullptr);
+                     wants_query ? sums.mutable_data_ptr<float>() + h * rows * all.width : nullptr, nullptr);
   }
 
   // The query's gradient without its factor is Σᵢ ds·k_i; its product with the query is the factor's.

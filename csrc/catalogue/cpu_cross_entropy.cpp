@@ -31,14 +31,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> catalogue_softmax(const Tensor& query
   return {shift, log_total, weighted, scores};
 }
 
-// The gradients of items and bias of Σ_r weight_r·lse_r less kept_gradient·score of the kept pairs. d_items in the
+// The gradients of items and bias of Σ_r weight_r·lse_r less kept_gradient·score of the kept pairs, and the mass
+// left out ([0] with skip_mass 0). d_items in the
 // items' dtype, or with `wide` in fp32; d_bias in fp32; [0] where not asked for.
-std::tuple<Tensor, Tensor> catalogue_softmax_backward(const Tensor& weight, const Tensor& lse, const Tensor& query,
-                                                      const Tensor& items, double scale, Optional row_scale,
-                                                      Optional bias, Optional exclude, Optional exclude_crow,
-                                                      const Tensor& kept, Optional kept_crow,
-                                                      const Tensor& kept_gradient, bool wants_items, bool wants_bias,
-                                                      bool wide) {
+std::tuple<Tensor, Tensor, Tensor> catalogue_softmax_backward(
+    const Tensor& weight, const Tensor& lse, const Tensor& query, const Tensor& items, double scale, Optional row_scale,
+    Optional bias, Optional exclude, Optional exclude_crow, const Tensor& kept, Optional kept_crow,
+    const Tensor& kept_gradient, bool wants_items, bool wants_bias, double skip_mass, bool wide) {
   const LogitArguments arguments{
       "catalogue_cross_entropy_backward", query, items, scale, row_scale, bias, exclude, exclude_crow};
   const Softmax softmax(arguments, {}, 1, kept, kept_crow);
@@ -64,12 +63,34 @@ std::tuple<Tensor, Tensor> catalogue_softmax_backward(const Tensor& weight, cons
   gradient.item_format = wide ? Format::kF32 : call.format;
   gradient.item_stride = call.width;
   if (wants_bias) gradient.bias = d_bias.mutable_data_ptr<float>();
-  softmax_backward(call, gradient, nullptr);
-  return {d_items, d_bias};
+  gradient.skip_mass = static_cast<float>(skip_mass);
+  Tensor skipped = torch::stable::new_empty(items, {skip_mass > 0 ? call.num_rows : 0}, ScalarType::Float);
+  softmax_backward(call, gradient, nullptr, skip_mass > 0 ? skipped.mutable_data_ptr<float>() : nullptr);
+  return {d_items, d_bias, skipped};
+}
+
+// What the softmax of these sizes takes beside its arguments, results and lists, in bytes: the forward's, or with
+// `backward` the larger of both.
+int64_t catalogue_softmax_bytes(int64_t num_rows, int64_t num_items, int64_t width, int64_t value_width,
+                                bool own_values, bool attention, bool backward, int64_t threads) {
+  SoftmaxCall call;
+  call.num_rows = num_rows, call.num_items = num_items, call.width = width;
+  call.value_width = value_width, call.own_values = own_values;
+  const int64_t forward = ForwardCut(call, true, threads).bytes();
+  if (!backward) return forward;
+  SoftmaxGradient gradient;
+  gradient.query = attention;
+  if (attention) gradient.direction.data = &call;  // there is one
+  const int64_t skipped = attention ? 0 : 16 * 4 * num_rows;
+  return std::max(forward, BackwardCut(call, gradient, threads).bytes() + skipped);
 }
 
 }  // namespace
 }  // namespace seqrec_fast
+
+STABLE_TORCH_LIBRARY_IMPL(seqrec_fast_native, CompositeExplicitAutograd, m) {
+  m.impl("catalogue_softmax_bytes", TORCH_BOX(&seqrec_fast::catalogue_softmax_bytes));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(seqrec_fast_native, CPU, m) {
   m.impl("catalogue_softmax", TORCH_BOX(&seqrec_fast::catalogue_softmax));

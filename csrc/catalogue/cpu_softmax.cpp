@@ -112,78 +112,110 @@ SoftmaxCall Softmax::head(int64_t h) const {
   return call;
 }
 
+// How a forward is cut up, and what it takes.
+ForwardCut::ForwardCut(const SoftmaxCall& call, bool context, int64_t available)
+    : plan(SEQREC_CHOSEN_TABLE(softmax_kernels).plan(call)),
+      groups((call.num_rows + plan.group_rows - 1) / plan.group_rows),
+      threads(std::min(available, threads_for(products_of(call)))),
+      runs(runs_for(plan.leaves, std::max<int64_t>(groups, 1), threads)),
+      floats(plan.group_rows * ((context ? call.value_width : 0) + 2)) {}
+
+int64_t ForwardCut::bytes() const { return groups * runs * floats * 4 + threads * plan.scratch_bytes; }
+
 void softmax_forward(const SoftmaxCall& call, const SoftmaxResults& results, bool context, float* kept_score) {
   if (call.num_rows == 0) return;
   const SoftmaxKernels& kernel = SEQREC_CHOSEN_TABLE(softmax_kernels);
-  const SoftmaxPlan plan = kernel.plan(call);
-  const int64_t groups = (call.num_rows + plan.group_rows - 1) / plan.group_rows;
-  const int64_t threads = threads_for(products_of(call));
-  const int64_t runs = runs_for(plan.leaves, groups, threads), leaves = plan.leaves / runs;
-  const int64_t width = context ? call.value_width : 0;
-  const int64_t floats = plan.group_rows * (width + 2);  // of one run of a group
-  const Memory sums = allocate(groups * runs * floats * 4);
+  const ForwardCut cut(call, context, torch::stable::get_num_threads());
+  const SoftmaxPlan& plan = cut.plan;
+  const int64_t runs = cut.runs, leaves = plan.leaves / runs;
+  const Memory sums = allocate(cut.groups * runs * cut.floats * 4);
   if (!sums) throw std::bad_alloc();
   const auto of = [&](int64_t group, int64_t run) {
-    float* memory = static_cast<float*>(sums.get()) + (group * runs + run) * floats;
+    float* memory = static_cast<float*>(sums.get()) + (group * runs + run) * cut.floats;
     return SoftmaxSums{memory, memory + plan.group_rows, context ? memory + 2 * plan.group_rows : nullptr};
   };
   const auto rows_of = [&](int64_t group) {
     return std::min(plan.group_rows, call.num_rows - group * plan.group_rows);
   };
-  share_tasks(groups * runs, threads, plan.scratch_bytes, [&](int64_t task, void* scratch) {
+  share_tasks(cut.groups * runs, cut.threads, plan.scratch_bytes, [&](int64_t task, void* scratch) {
     const int64_t group = task / runs, run = task % runs;
     kernel.forward(call, plan, group * plan.group_rows, rows_of(group), run * leaves, leaves, of(group, run),
                    kept_score, scratch);
   });
-  share_tasks(groups, threads, 0, [&](int64_t group, void*) {
+  share_tasks(cut.groups, cut.threads, 0, [&](int64_t group, void*) {
     std::vector<SoftmaxSums> parts(static_cast<size_t>(runs));
     for (int64_t run = 0; run < runs; ++run) parts[static_cast<size_t>(run)] = of(group, run);
     kernel.finish(call, group * plan.group_rows, rows_of(group), parts.data(), runs, results);
   });
 }
 
-void softmax_backward(const SoftmaxCall& call, const SoftmaxGradient& gradient, float* direction_sums) {
+BackwardCut::BackwardCut(const SoftmaxCall& call, const SoftmaxGradient& gradient, int64_t available)
+    : plan(SEQREC_CHOSEN_TABLE(softmax_kernels).plan_backward(call, gradient)),
+      threads(std::min(available, threads_for(products_of(call) * 2))),
+      runs(gradient.query ? runs_for(plan.leaves, 1, threads) : 1),
+      padded_rows((call.num_rows + 63) / 64 * 64),
+      row_bytes(2 * (call.width + (gradient.direction.data ? call.value_width : 0)) * 4 + 5),
+      sum_bytes(call.num_rows * call.width * 4) {}
+
+int64_t BackwardCut::bytes() const {
+  return padded_rows * row_bytes + (runs - 1) * sum_bytes + threads * plan.scratch_bytes;
+}
+
+void softmax_backward(const SoftmaxCall& call, const SoftmaxGradient& given, float* direction_sums, float* skipped) {
   const SoftmaxKernels& kernel = SEQREC_CHOSEN_TABLE(softmax_kernels);
-  const SoftmaxPlan plan = kernel.plan_backward(call, gradient);
-  const int64_t rows = call.num_rows, threads = threads_for(products_of(call) * 2);
-  const bool directed = gradient.direction.data != nullptr;
-  const int64_t padded = (rows + 63) / 64 * 64;
-  const Memory memory = allocate(padded * (2 * (call.width + (directed ? call.value_width : 0)) * 4 + 5) + 64);
+  const BackwardCut cut(call, given, torch::stable::get_num_threads());
+  const SoftmaxPlan& plan = cut.plan;
+  SoftmaxGradient gradient = given;
+  const int64_t rows = call.num_rows;
+  const Memory memory = allocate(cut.padded_rows * cut.row_bytes + 64);
   if (!memory) throw std::bad_alloc();
   SoftmaxRows prepared;
   float* next = static_cast<float*>(memory.get());
-  const auto take = [&](int64_t width) { return std::exchange(next, next + padded * width); };
+  const auto take = [&](int64_t width) { return std::exchange(next, next + cut.padded_rows * width); };
   prepared.queries = take(call.width), prepared.query_rows = take(call.width);
-  if (directed) prepared.directions = take(call.value_width), prepared.direction_rows = take(call.value_width);
+  if (gradient.direction.data)
+    prepared.directions = take(call.value_width), prepared.direction_rows = take(call.value_width);
   prepared.offsets = take(1);
   prepared.special = reinterpret_cast<uint8_t*>(next);
-  share_tasks((rows + 63) / 64, threads, 0, [&](int64_t task, void*) {
+  share_tasks((rows + 63) / 64, cut.threads, 0, [&](int64_t task, void*) {
     kernel.prepare(call, gradient, task * 64, std::min<int64_t>(64, rows - task * 64), prepared);
   });
 
-  if (!gradient.query) {
-    const int64_t tasks = std::min(plan.chunks, 8 * threads);
-    share_tasks(tasks, threads, plan.scratch_bytes, [&](int64_t task, void* scratch) {
-      kernel.backward(call, plan, gradient, prepared, plan.chunks * task / tasks, plan.chunks * (task + 1) / tasks, 0,
-                      1, nullptr, scratch);
+  if (gradient.query) {
+    const int64_t leaves = plan.leaves / cut.runs, size = rows * call.width;
+    const Memory others = allocate((cut.runs - 1) * cut.sum_bytes);
+    if (!others) throw std::bad_alloc();
+    const auto sums_of = [&](int64_t run) {
+      return run == 0 ? direction_sums : static_cast<float*>(others.get()) + (run - 1) * size;
+    };
+    share_tasks(cut.runs, cut.threads, plan.scratch_bytes, [&](int64_t run, void* scratch) {
+      kernel.backward_leaves(call, plan, gradient, prepared, run * leaves, leaves, sums_of(run), scratch);
     });
-    return;
-  }
-  const int64_t runs = runs_for(plan.leaves, 1, threads), leaves = plan.leaves / runs, size = rows * call.width;
-  const Memory others = allocate(std::max<int64_t>(runs - 1, 0) * size * 4);
-  if (!others) throw std::bad_alloc();
-  const auto sums_of = [&](int64_t run) {
-    return run == 0 ? direction_sums : static_cast<float*>(others.get()) + (run - 1) * size;
-  };
-  share_tasks(runs, threads, plan.scratch_bytes, [&](int64_t run, void* scratch) {
-    kernel.backward(call, plan, gradient, prepared, 0, 0, run * leaves, leaves, sums_of(run), scratch);
-  });
-  for (int64_t step = 1; step < runs; step *= 2)
-    for (int64_t run = 0; run < runs; run += 2 * step) {
-      float* lower = sums_of(run);
-      const float* upper = sums_of(run + step);
-      for (int64_t k = 0; k < size; ++k) lower[k] += upper[k];
+    for (int64_t step = 1; step < cut.runs; step *= 2)
+      for (int64_t run = 0; run < cut.runs; run += 2 * step) {
+        float* lower = sums_of(run);
+        const float* upper = sums_of(run + step);
+        for (int64_t k = 0; k < size; ++k) lower[k] += upper[k];
+      }
+  } else if (skipped) {
+    // What may be left out is shared evenly among the leaves, so that it does not depend on the threads.
+    std::vector<float> by_leaf(static_cast<size_t>(plan.leaves * rows));
+    gradient.skipped = by_leaf.data();
+    gradient.skip_mass /= static_cast<float>(plan.leaves);
+    share_tasks(plan.leaves, cut.threads, plan.scratch_bytes, [&](int64_t leaf, void* scratch) {
+      kernel.backward_leaves(call, plan, gradient, prepared, leaf, 1, nullptr, scratch);
+    });
+    for (int64_t r = 0; r < rows; ++r) {
+      skipped[r] = 0.0f;
+      for (int64_t leaf = 0; leaf < plan.leaves; ++leaf) skipped[r] += by_leaf[static_cast<size_t>(leaf * rows + r)];
     }
+  } else {
+    const int64_t tasks = std::min(plan.chunks, 8 * cut.threads);
+    share_tasks(tasks, cut.threads, plan.scratch_bytes, [&](int64_t task, void* scratch) {
+      kernel.backward_chunks(call, plan, gradient, prepared, plan.chunks * task / tasks,
+                             plan.chunks * (task + 1) / tasks, scratch);
+    });
+  }
 }
 
 }  // namespace seqrec_fast

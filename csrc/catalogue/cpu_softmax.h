@@ -36,9 +36,28 @@ struct Softmax {
   SoftmaxCall all;  // the widths of a head, the data of the first
 };
 
+struct ForwardCut {
+  ForwardCut(const SoftmaxCall& call, bool context, int64_t available_threads);
+  int64_t bytes() const;
+
+  SoftmaxPlan plan;
+  int64_t groups, threads, runs;  // of leaves
+  int64_t floats;                 // that the sums of one group and run take
+};
+
+struct BackwardCut {
+  BackwardCut(const SoftmaxCall& call, const SoftmaxGradient& gradient, int64_t available_threads);
+  int64_t bytes() const;
+
+  SoftmaxPlan plan;
+  int64_t threads, runs, padded_rows;
+  int64_t row_bytes, sum_bytes;  // of a prepared row; of one run's sums over items
+};
+
 void softmax_forward(const SoftmaxCall& call, const SoftmaxResults& results, bool context, float* kept_score);
 
-// direction_sums: [B, d] Σᵢ ds·k_i of this head where gradient.query.
-void softmax_backward(const SoftmaxCall& call, const SoftmaxGradient& gradient, float* direction_sums);
+// direction_sums: [B, d] Σᵢ ds·k_i of this head where gradient.query. skipped: [B] the mass left out; null where
+// nothing may be.
+void softmax_backward(const SoftmaxCall& call, const SoftmaxGradient& gradient, float* direction_sums, float* skipped);
 
 }  // namespace seqrec_fast

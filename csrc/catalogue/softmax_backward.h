@@ -25,7 +25,11 @@ struct Backward {
   float* stack;        // sums over items of unfinished leaves, [B, d] each
   int64_t* list_places;
   int64_t* kept_places;
+  float* masses;  // [group] Σ p of a chunk
   SoftmaxRows rows{};
+  float* skipped = nullptr;  // [B] of the leaf
+  bool begun = false;        // whether the chunk's sums hold anything yet
+  bool keeps = false;        // whether the chunk holds a kept pair of the group
 
   Backward(const SoftmaxCall& call, const SoftmaxPlan& plan, const SoftmaxGradient& gradient, Layout& layout)
       : call(call), plan(plan), gradient(gradient), chunk(call, plan.chunk_items, gradient.query, layout) {
@@ -38,24 +42,23 @@ struct Backward {
     stack = gradient.query ? layout.take<float>(levels_of(plan.leaves) * call.num_rows * call.width) : nullptr;
     list_places = layout.take<int64_t>(call.num_rows);
     kept_places = layout.take<int64_t>(call.num_rows);
+    masses = layout.take<float>(plan.group_rows + kBlock);
   }
 
   bool directed() const { return gradient.direction.data != nullptr; }
 
-  void run(int64_t first_chunk, int64_t last_chunk, int64_t first_leaf, int64_t num_leaves, float* query_sums) {
-    for (int64_t i = 0; i < up_to(plan.chunk_items, kTile); ++i) zeros[i] = 0.0f;
-    if (!gradient.query) {
-      add_chunks(first_chunk, last_chunk, nullptr);
-      return;
-    }
-    const int64_t size = call.num_rows * call.width;
+  void run_leaves(int64_t first_leaf, int64_t num_leaves, float* query_sums) {
+    const int64_t size = gradient.query ? call.num_rows * call.width : 0;
     const auto level = [&](int64_t n) { return n == 0 ? query_sums : stack + (n - 1) * size; };
     int64_t top = 0;
-    for (int64_t leaf = 0; leaf < num_leaves; ++leaf) {
-      float* sums = level(top++);
+    for (int64_t leaf = first_leaf; leaf < first_leaf + num_leaves; ++leaf) {
+      float* sums = gradient.query ? level(top) : nullptr;
       for (int64_t k = 0; k < size; ++k) sums[k] = 0.0f;
-      add_chunks(first_chunk_of(plan, first_leaf + leaf), first_chunk_of(plan, first_leaf + leaf + 1), sums);
-      for (int64_t n = leaf + 1; n % 2 == 0; n /= 2, --top) {
+      skipped = gradient.skipped ? gradient.skipped + leaf * call.num_rows : nullptr;
+      for (int64_t r = 0; skipped && r < call.num_rows; ++r) skipped[r] = 0.0f;
+      add_chunks(first_chunk_of(plan, leaf), first_chunk_of(plan, leaf + 1), sums);
+      ++top;
+      for (int64_t n = leaf - first_leaf + 1; gradient.query && n % 2 == 0; n /= 2, --top) {
         float* lower = level(top - 2);
         const float* upper = level(top - 1);
         for (int64_t k = 0; k < size; ++k) lower[k] += upper[k];
@@ -67,6 +70,7 @@ struct Backward {
     Cursors lists(call.lists, list_places), kept(call.kept, kept_places);
     lists.seek(0, call.num_rows, begin * plan.chunk_items);
     kept.seek(0, call.num_rows, begin * plan.chunk_items);
+    for (int64_t i = 0; i < up_to(plan.chunk_items, kTile); ++i) zeros[i] = 0.0f;
     for (int64_t c = begin; c < end; ++c) {
       const int64_t first = c * plan.chunk_items;
       chunk.stage(first, least(plan.chunk_items, call.num_items - first));
@@ -74,7 +78,9 @@ struct Backward {
       float* of_values = sums_for(gradient.values, gradient.value_stride, call.value_width, value_sums);
       if (gradient.bias && !gradient.add_bias)
         for (int64_t i = 0; i < chunk.count; ++i) gradient.bias[first + i] = 0.0f;
+      begun = false;
       for (int64_t row = 0; row < call.num_rows; row += plan.group_rows) {
+        keeps = false;
         const int64_t count = least(plan.group_rows, call.num_rows - row);
         for (int64_t block = 0; block < count; block += kBlock) {
           const int64_t lanes = least(kBlock, count - block);
@@ -84,9 +90,11 @@ struct Backward {
           else
             derive<1>(row + block, lanes, block, lists, kept);
         }
+        if (leaves_out(row, count)) continue;
         add_group(row, count, of_items, of_values, query_sums);
+        begun = true;
       }
-      if (!call.num_rows) clear(of_items, call.width), clear(of_values, call.value_width);
+      if (!begun) clear(of_items, call.width), clear(of_values, call.value_width);
       write(gradient.items, gradient.item_stride, call.width, of_items);
       write(gradient.values, gradient.value_stride, call.value_width, of_values);
     }
@@ -131,16 +139,38 @@ struct Backward {
     if (directed())
       derive_directed<kVectors>(row, p, ds, shift, weight);
     else
-      for (int64_t i = 0; i < chunk.count; ++i)
-#pragma GCC unroll 4
-        for (int u = 0; u < kVectors; ++u) {
-          float* at = p + i * stride + u * kLanes;
-          store(at, exp_of_difference<false>(load(at) - shift[u]) * weight[u]);
-        }
+      weigh<kVectors>(p, shift, weight, masses + column);
     kept.pass(row, row + lanes, chunk.first + chunk.count, true, [&](int64_t r, int64_t item, int64_t place) {
+      keeps = true;
       if (gradient.kept_gradient)
         ds[(item - chunk.first) * stride + r - row] -= gradient.kept_gradient[call.kept_slot[place]];
     });
+  }
+
+  // p·w, and the probabilities' sums.
+  template <int kVectors>
+  SEQREC_METHOD void weigh(float* p, const F32 (&shift)[kVectors], const F32 (&weight)[kVectors], float* mass) {
+    F32 sum[kVectors]{};
+    for (int64_t i = 0; i < chunk.count; ++i)
+#pragma GCC unroll 4
+      for (int u = 0; u < kVectors; ++u) {
+        float* at = p + i * plan.group_rows + u * kLanes;
+        const F32 probability = exp_of_difference<false>(load(at) - shift[u]);
+        sum[u] = sum[u] + probability;
+        store(at, probability * weight[u]);
+      }
+#pragma GCC unroll 4
+    for (int u = 0; u < kVectors; ++u) store(mass + u * kLanes, sum[u]);
+  }
+
+  // Whether this chunk's gradients from this group of rows are left out; then it is noted for each row how much.
+  bool leaves_out(int64_t row, int64_t count) {
+    if (!skipped || keeps) return false;
+    const float most_mass = gradient.skip_mass;
+    for (int64_t r = 0; r < count; ++r)
+      if (!(skipped[row + r] + masses[r] <= most_mass)) return false;
+    for (int64_t r = 0; r < count; ++r) skipped[row + r] += masses[r];
+    return true;
   }
 
   template <int kVectors>
@@ -199,7 +229,7 @@ struct Backward {
 
   // The products of a group of rows, whose pairs are in the buffers.
   void add_group(int64_t row, int64_t count, float* of_items, float* of_values, float* query_sums) {
-    const bool more = row > 0;
+    const bool more = begun;
     if (of_items) {
       add_rows(derivatives, row, count, rows.query_rows, rows.queries, call.width, of_items, more);
       if (directed() && !call.own_values)

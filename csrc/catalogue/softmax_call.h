@@ -66,6 +66,10 @@ struct SoftmaxGradient {
   float* bias = nullptr;  // [I] Σ_r ds
   bool add_bias = false;  // to what is there
   bool query = false;     // Σᵢ ds·k, see SoftmaxKernels::backward
+  // Without directions: chunks of items may be left out for a group of rows, as long as the probability that a leaf
+  // leaves out of each of them stays within skip_mass. skipped: by leaf, [leaves, B].
+  float skip_mass = 0.0f;
+  float* skipped = nullptr;
 };
 
 // The rows of a backward, made ready once for all threads.
@@ -88,11 +92,13 @@ struct SoftmaxKernels {
   void (*finish)(const SoftmaxCall&, int64_t first_row, int64_t num_rows, SoftmaxSums* sums, int64_t runs,
                  const SoftmaxResults&);
   void (*prepare)(const SoftmaxCall&, const SoftmaxGradient&, int64_t first_row, int64_t num_rows, const SoftmaxRows&);
-  // Gradients of the items of the chunks [first_chunk, last_chunk), and, with gradient.query, Σᵢ ds·k of these items in
-  // query_sums [B, d]; then the chunks must be those of `num_leaves` leaves.
-  void (*backward)(const SoftmaxCall&, const SoftmaxPlan&, const SoftmaxGradient&, const SoftmaxRows&,
-                   int64_t first_chunk, int64_t last_chunk, int64_t first_leaf, int64_t num_leaves, float* query_sums,
-                   void* scratch);
+  // Gradients of the items of the chunks [first, last).
+  void (*backward_chunks)(const SoftmaxCall&, const SoftmaxPlan&, const SoftmaxGradient&, const SoftmaxRows&,
+                          int64_t first, int64_t last, void* scratch);
+  // Gradients of the items of `num_leaves` leaves, a power of two, and, with gradient.query, Σᵢ ds·k of these items in
+  // query_sums [B, d].
+  void (*backward_leaves)(const SoftmaxCall&, const SoftmaxPlan&, const SoftmaxGradient&, const SoftmaxRows&,
+                          int64_t first_leaf, int64_t num_leaves, float* query_sums, void* scratch);
 };
 
 SEQREC_TIER_TABLES(SoftmaxKernels, softmax_kernels)

@@ -39,7 +39,7 @@ SoftmaxPlan plan_backward(const SoftmaxCall& call, const SoftmaxGradient& gradie
       least(rounded_down(least((int64_t{1} << 14) / width, 256), kBlock), up_to(most(call.num_rows, 1), kBlock));
   plan.chunk_items = rounded_down(least(6144 / width, 96), kTile);
   plan.chunks = (call.num_items + plan.chunk_items - 1) / plan.chunk_items;
-  plan.leaves = gradient.query ? count_leaves(call.num_items, 16) : 1;
+  plan.leaves = count_leaves(call.num_items, 16);
   with_element(call.format, [&](auto element) {
     Layout layout(nullptr);
     Backward<decltype(element)> unused(call, plan, gradient, layout);
@@ -87,19 +87,32 @@ void prepare(const SoftmaxCall& call, const SoftmaxGradient& gradient, int64_t f
   });
 }
 
-void backward(const SoftmaxCall& call, const SoftmaxPlan& plan, const SoftmaxGradient& gradient,
-              const SoftmaxRows& rows, int64_t first_chunk, int64_t last_chunk, int64_t first_leaf, int64_t num_leaves,
-              float* query_sums, void* scratch) {
+template <class Work>
+SEQREC_INLINE void with_backward(const SoftmaxCall& call, const SoftmaxPlan& plan, const SoftmaxGradient& gradient,
+                                 const SoftmaxRows& rows, void* scratch, const Work& work) {
   with_element(call.format, [&](auto element) {
     Layout layout(scratch);
     Backward<decltype(element)> task(call, plan, gradient, layout);
     task.rows = rows;
-    task.run(first_chunk, last_chunk, first_leaf, num_leaves, query_sums);
+    work(task);
   });
+}
+
+void backward_chunks(const SoftmaxCall& call, const SoftmaxPlan& plan, const SoftmaxGradient& gradient,
+                     const SoftmaxRows& rows, int64_t first, int64_t last, void* scratch) {
+  with_backward(call, plan, gradient, rows, scratch, [&](auto& task) { task.add_chunks(first, last, nullptr); });
+}
+
+void backward_leaves(const SoftmaxCall& call, const SoftmaxPlan& plan, const SoftmaxGradient& gradient,
+                     const SoftmaxRows& rows, int64_t first_leaf, int64_t num_leaves, float* query_sums,
+                     void* scratch) {
+  with_backward(call, plan, gradient, rows, scratch,
+                [&](auto& task) { task.run_leaves(first_leaf, num_leaves, query_sums); });
 }
 
 }  // namespace
 
-const SoftmaxKernels softmax_kernels = {plan, plan_backward, forward, finish, prepare, backward};
+const SoftmaxKernels softmax_kernels = {plan,    plan_backward,   forward,        finish,
+                                        prepare, backward_chunks, backward_leaves};
 
 }  // namespace seqrec_fast::SEQREC_TIER

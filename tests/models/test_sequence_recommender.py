@@ -223,8 +223,12 @@ class TestServing:
         with torch.autocast("cpu", torch.bfloat16):
             items, scores = model.recommend(batch.ids, batch.lengths, 3, exclude_seen=False)
             loss = model.loss(*batch)
-            theirs = stock(model, torch.float32).eval().logits(batch.ids, batch.lengths)
         assert loss.dtype == scores.dtype == torch.float32
+        try:
+            with torch.autocast("cpu", torch.bfloat16):
+                theirs = stock(model, torch.float32).eval().logits(batch.ids, batch.lengths)
+        except RuntimeError as error:
+            pytest.skip(f"torch's own LSTM has no bfloat16 on this processor: {error}")
         error = (scores - expected.gather(1, items)).abs().max()
         assert error <= 2 * (theirs - expected).abs().max()
 

@@ -400,5 +400,9 @@ def test_bad_input(change: dict[str, Any], error: type[Exception], message: str)
 
 
 def test_a_backend_that_cannot_run_says_why() -> None:
-    with sf.use_backend("native"), pytest.raises(sf.BackendUnavailable, match="there is no native implementation"):
+    wide = {name: value.double() if isinstance(value, Tensor) else value for name, value in OK.items()}
+    why = "no native library|computes in fp32, so not for float64|source tree|compiled library"
+    with sf.use_backend("native"), pytest.raises(sf.BackendUnavailable, match=why):
+        sf.catalogue_attention(**wide)
+    with sf.use_backend("triton"), pytest.raises(sf.BackendUnavailable, match="there is no triton implementation"):
         sf.catalogue_attention(**OK)

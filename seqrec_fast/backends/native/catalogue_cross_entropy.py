@@ -34,13 +34,14 @@ class NativeEngine:
         skip_mass: float,
         precision: int,
     ) -> tuple[Tensor | None, Tensor | None, Tensor]:
-        assert skip_mass == 0
         share = reference.target_share(problem, grad_loss)
-        d_items, d_bias = torch.ops.seqrec_fast_native.catalogue_softmax_backward.default(
+        d_items, d_bias, skipped = torch.ops.seqrec_fast_native.catalogue_softmax_backward.default(
             weight, lse, problem.query, problem.items, *problem.logits.args(), *problem.lists, share, *wanted,
-            problem.smoothing is not None,
+            skip_mass, problem.smoothing is not None,
         )  # fmt: skip
-        return d_items if wanted[0] else None, d_bias if wanted[1] else None, torch.zeros_like(weight)
+        if skip_mass == 0:
+            skipped = torch.zeros_like(weight)
+        return d_items if wanted[0] else None, d_bias if wanted[1] else None, skipped
 
 
 ENGINE = NativeEngine()

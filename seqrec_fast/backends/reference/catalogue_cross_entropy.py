@@ -429,4 +429,4 @@ def _subtract_smoothing(problem: Problem, grad_loss: Tensor, d_items: Tensor | N
 def _with_vectors(scaled: Tensor, d_items: Tensor | None, d_bias: Tensor | None) -> list[tuple[Tensor, Tensor]]:
     """The gradients that are wanted as matrices, each with the rows' vectors that make it: the bias is an item of width 1."""
     found = [] if d_items is None else [(d_items, scaled)]
-    return found if d_bias is None else [*found, (d_bias[:, None], torch.ones_like(scaled[:, :1]))]
+    return found if d_bias is None else [*found, (d_bias[:, None], scaled.new_ones((len(scaled), 1)))]

@@ -193,9 +193,10 @@ class ScanEngine:
         precision: int,
     ) -> tuple[Tensor | None, Tensor | None, Tensor]:
         items = problem.items
-        new = {"dtype": weight.dtype, "device": items.device}
-        d_items = torch.zeros(items.shape, **new) if wanted[0] else None
-        d_bias = torch.zeros(items.shape[:1], **new) if wanted[1] else None
+        d_items, d_bias = (
+            torch.zeros(shape, dtype=weight.dtype, device=items.device) if asked else None
+            for shape, asked in zip((items.shape, items.shape[:1]), wanted, strict=True)
+        )
         skipped = torch.zeros_like(weight)
         scan, _ = problem.scan(precision)
         scan.set_shift(torch.where(lse == float("-inf"), 0.0, lse))

@@ -205,7 +205,11 @@ def _backward(call: _Call) -> int:
 def _native_rank(call: _Call) -> int:
     """Each thread packs a group of queries (512 KiB) and a chunk of items; csrc/catalogue/chunk.h, rank_scan.h."""
     group = _native_group(call)
-    return torch.get_num_threads() * (group * (4 * call.width + 48) + _native_chunk(call)) + call.rows * 24 + call.pairs * 16
+    return (
+        torch.get_num_threads() * (group * (4 * call.width + 48) + _native_chunk(call))
+        + call.rows * 24
+        + call.pairs * 16
+    )
 
 
 def _native_topk(call: _Call) -> int:

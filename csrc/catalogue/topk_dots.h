@@ -78,8 +78,10 @@ void scan_dots(Candidates<T>& best, ScanChunk& chunk, const float* queries, int6
     for (uint32_t odd = ~mask_bits(within) & ((1u << kLanes) - 1u); odd; odd &= odd - 1)
       make_special(chunk, i + __builtin_ctz(odd));
     const F32 start = load(chunk.start + i), bias = abs(start) * relative;  // NaN: not scanned
-    F32 norm;
-    for (int lane = 0; lane < kLanes; ++lane) norm[lane] = __builtin_sqrtf(squares[lane]);
+    float norms[kLanes];
+    store(norms, squares);
+    for (float& norm : norms) norm = __builtin_sqrtf(norm);
+    const F32 norm = load(norms);
 #pragma GCC unroll 4
     for (int r = 0; r < Rows; ++r) {
       score[r] += start;

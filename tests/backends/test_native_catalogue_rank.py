@@ -19,6 +19,7 @@ HIGHEST_TIER = native.highest_cpu_tier.default()
 CHOSEN_TIER = _native.TIERS.index(_native.CPU_TIER or "default")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
+
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)

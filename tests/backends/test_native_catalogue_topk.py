@@ -202,9 +202,7 @@ def test_strides(tier: int) -> None:
     for rows in (3, 19):
         assert views.row_scale is not None
         assert views.exclude is not None
-        part = replace(
-            views, query=views.query[:rows], row_scale=views.row_scale[:rows], exclude=views.exclude[:rows]
-        )
+        part = replace(views, query=views.query[:rows], row_scale=views.row_scale[:rows], exclude=views.exclude[:rows])
         check(part)
         check(replace(part, items=case.items.T.contiguous().T))
         check(replace(part, items=case.items.flip(0)[:1].expand(131, -1)))

@@ -91,9 +91,11 @@ def workspace_bytes(op_name: str, *args: Any, **options: Any) -> int:
     # By the options that a backend may refuse; the others do not decide.
     names = frozenset(name for name in ("bias", "exclude") if given[name] is not None)
     spec = Spec(op_name, "cpu" if device == "meta" else device, call.dtype, (int(given["query"].shape[-1]),), names)
-    if _dispatch.choose(spec) == "native" and not call.candidates:
-        return _native_rank(call) if op_name == "catalogue_rank" else _native_softmax(call)
     forward = _reference(call)
+    if _dispatch.choose(spec) == "native" and not call.candidates:
+        if op_name in ("catalogue_attention", "catalogue_cross_entropy"):
+            return _native_softmax(call)
+        forward = _native_topk(call) if op_name == "catalogue_topk" else _native_rank(call)
     return forward + _backward(call) if call.gradient else forward
 
 
@@ -217,7 +219,35 @@ def _native_softmax(call: _Call) -> int:
 
 
 def _native_rank(call: _Call) -> int:
-    """Each thread packs a group of queries (512 KiB) and a chunk of items (64 KiB, and as much in fp64); csrc/catalogue/rank_scan.h."""
-    group = min(call.rows + 64, max((1 << 19) // (4 * max(call.width, 1)), 64))
-    scratch = group * (4 * call.width + 48) + (1 << 18) + 2048 * call.width
-    return torch.get_num_threads() * scratch + call.rows * 24 + call.pairs * 16
+    """Each thread packs a group of queries (512 KiB) and a chunk of items; csrc/catalogue/chunk.h, rank_scan.h."""
+    group = _native_group(call)
+    return (
+        torch.get_num_threads() * (group * (4 * call.width + 48) + _native_chunk(call))
+        + call.rows * 24
+        + call.pairs * 16
+    )
+
+
+def _native_topk(call: _Call) -> int:
+    """As for rank, and each thread the candidates of its group (32 MiB, or those of one row); csrc/catalogue/topk_*.h.
+
+    An exclusion list becomes a hash table of at most four places for each of its ids, or sixteen.
+    """
+    kept = max(min(call.k, call.items), 1)
+    candidates = max(min(kept + max(kept // 2, 48), call.items), 1)
+    row = candidates * (24 if call.dtype == torch.float64 else 16)
+    group = min(_native_group(call), max((1 << 25) // row, 1))
+    padded = group + 64
+    scratch = padded * (4 * call.width + 96) + group * row + candidates * 16 + 2048 + _native_chunk(call)
+    tables = call.pairs * 32 + call.rows * 136 if call.pairs else 0
+    merge = group * 40 + kept * 64
+    return torch.get_num_threads() * (scratch + merge) + call.rows * 56 + tables
+
+
+def _native_group(call: _Call) -> int:
+    return min(call.rows + 64, max((1 << 19) // (4 * max(call.width, 1)), 64))
+
+
+def _native_chunk(call: _Call) -> int:
+    """64 KiB of items, as much in fp64 for a part or all of them, and a tile of rows in fp64."""
+    return (1 << 18) + 2048 * call.width

@@ -13,6 +13,7 @@ from torch import Tensor
 import seqrec_fast as sf
 from seqrec_fast import _native
 from seqrec_fast._logits import LogitSpec
+from seqrec_fast._measure import extra_peak_bytes, in_fresh_process
 from seqrec_fast.backends.reference import _scan
 from seqrec_fast.backends.reference import catalogue_attention as attention
 from seqrec_fast.backends.reference import catalogue_cross_entropy as cross_entropy
@@ -144,16 +145,41 @@ def test_does_not_grow_with_rows_times_items(backend: str) -> None:
             assert sf.workspace_bytes(name, *arguments(8192, 10**6)) <= 2 * small
 
 
-def test_native_rank_takes_a_scratch_a_thread() -> None:
+@pytest.mark.parametrize("operator", ["catalogue_rank", "catalogue_topk"])
+def test_native_rankings_take_a_scratch_a_thread(operator: str) -> None:
     if _native.MISSING is not None:
         pytest.skip(_native.MISSING)
-    arguments = ("catalogue_rank", meta(4096, 64), meta(10**6, 64), meta(4096, dtype=torch.int64))
+    last = 100 if operator == "catalogue_topk" else meta(4096, dtype=torch.int64)
+    arguments = (operator, meta(4096, 64), meta(10**6, 64), last)
     torch.set_num_threads(1)
     one = sf.workspace_bytes(*arguments)
     torch.set_num_threads(2)
     assert one < sf.workspace_bytes(*arguments) < 2 * one
     with sf.use_backend("reference"):
         assert sf.workspace_bytes(*arguments) > one
+
+
+def _measured_and_told(rows: int, items: int, k: int, dtype: torch.dtype, seen: int) -> tuple[int | None, int]:
+    torch.set_num_threads(2)
+    query, table = torch.randn(rows, 16).to(dtype), torch.randn(items, 16).to(dtype)
+    exclude = torch.randint(0, items, (rows, seen)) if seen else None
+    sf.catalogue_topk(query[:2], table[:9], 1)
+    results = rows * k * (8 + (8 if dtype == torch.float64 else 4))
+    peak = extra_peak_bytes(lambda: sf.catalogue_topk(query, table, k, exclude=exclude))
+    return peak and peak - results, sf.workspace_bytes("catalogue_topk", query, table, k, exclude=exclude)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(300, 40_000, 1000, 0), (2000, 20_000, 20, 300), (3, 300_000, 200_000, 0)], ids=str)
+def test_native_topk_keeps_within_it(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    if _native.MISSING is not None:
+        pytest.skip(_native.MISSING)
+    rows, items, k, seen = shape
+    measured, told = in_fresh_process(_measured_and_told, rows, items, k, dtype, seen)
+    if measured is None:
+        pytest.skip("the kernel does not tell the peak of a process")
+    assert measured <= told + MIB
+    assert told <= 12 * measured + MIB
 
 
 def test_shapes_are_enough() -> None:

@@ -46,11 +46,16 @@ SEQREC_INLINE bool folds(const LogitCall& call, int64_t row) {
 
 SEQREC_INLINE double relative_band(int64_t width) { return 1.05 * (static_cast<double>(width) + 6.0) * 0x1p-24; }
 
+// What underflow adds whatever the item. 2^-120 where 2^-126 would do also covers denormal results of the limits' own
+// evaluation.
+SEQREC_INLINE double underflow_of(double norm, int64_t width) {
+  const double d = static_cast<double>(width);
+  return 0x1p-120 * (__builtin_sqrt(d) * (norm + 1.0) + 3.0 * d + 1.0);
+}
+
 // norm: |q'|, at most 2^60. goal: a float's value, or -inf.
 SEQREC_INLINE Limits limits_of(double goal, double norm, int64_t width) {
-  const double root = __builtin_sqrt(static_cast<double>(width));
-  // 2^-120 where 2^-126 would do also covers denormal results of the limits' own evaluation.
-  const double underflow = 0x1p-120 * (root * (norm + 1.0) + 3.0 * static_cast<double>(width) + 1.0);
+  const double root = __builtin_sqrt(static_cast<double>(width)), underflow = underflow_of(norm, width);
   const double up = next_up(static_cast<float>(goal)), down = next_down(static_cast<float>(goal));
   const double slope = relative_band(width) * norm + root * 0x1p-120 + 0x1p-120;
   return {next_down(static_cast<float>(down - magnitude(down) * 0x1p-21 - underflow)),

@@ -46,4 +46,11 @@ struct LogitCall {
   IdLists excluded;  // by row of query
 };
 
+// How a call is cut up. Nothing here depends on the number of items, except that short catalogues make short chunks.
+struct ScanPlan {
+  int64_t group_rows = 0;     // rows whose packed queries fit half of a small L2 cache
+  int64_t chunk_items = 0;    // items that stay in L1/L2 while every row of a group meets them
+  int64_t scratch_bytes = 0;  // per thread; 64-byte aligned, zero-filled at first
+};
+
 }  // namespace seqrec_fast

@@ -1,9 +1,9 @@
 // Registration of catalogue_rank on the CPU: the cut into tasks, threads.
-#include <atomic>
-#include <cstring>
 #include <mutex>
 
 #include "catalogue/cpu_arguments.h"
+#include "catalogue/cpu_tasks.h"
+#include "catalogue/id_set.h"
 #include "catalogue/rank_call.h"
 
 namespace seqrec_fast {
@@ -40,28 +40,23 @@ void check_ignored_lists(const LogitArguments& a, const RankCall& call) {
 // ---- work
 // -------------------------------------------------------------------------------------------------------------
 
-// How many different ids a list holds: a hash table twice the list's size, which for a usual history stays in L1
-// (sorting takes ten times as long).
+// How many different ids a list holds.
 class DistinctIds {
  public:
   int64_t count(const int64_t* ids, int64_t n) {
-    int bits = 4;
-    while ((int64_t{1} << bits) < 2 * n) ++bits;
-    slots_.assign(size_t{1} << bits, -1);
-    const size_t mask = slots_.size() - 1;
+    table_.assign(static_cast<size_t>(id_places(n)), kNoId);
+    const int64_t places = static_cast<int64_t>(table_.size());
     int64_t distinct = 0;
     for (int64_t i = 0; i < n; ++i) {
-      // Multiplication by 2^64 / golden ratio spreads ids that are close together.
-      size_t place = static_cast<size_t>((static_cast<uint64_t>(ids[i]) * 0x9E3779B97F4A7C15u) >> (64 - bits));
-      while (slots_[place] != -1 && slots_[place] != ids[i]) place = (place + 1) & mask;
-      distinct += slots_[place] == -1;
-      slots_[place] = ids[i];
+      int64_t& place = table_[static_cast<size_t>(place_of_id(table_.data(), places, ids[i]))];
+      distinct += place == kNoId;
+      place = ids[i];
     }
     return distinct;
   }
 
  private:
-  std::vector<int64_t> slots_;
+  std::vector<int64_t> table_;
 };
 
 // goal and the (negative) number of excluded items above it, row by row.
@@ -95,41 +90,16 @@ void prepare_rows(const LogitArguments& a, const RankCall& call, const RankKerne
   if (bad_index < call.num_rows) a.bad_id("exclude", call.excluded.begin == nullptr, bad);
 }
 
-// Tasks are groups of rows × runs of chunks, about eight a thread so that a thread that was held up does little of the
-// rest. Threads take the next one as they finish: counts are whole numbers, so who did what leaves no trace.
 void count_tasks(const RankCall& call, const RankKernels& kernel) {
-  const RankPlan plan = kernel.plan(call);
-  const int64_t groups = (call.num_rows + plan.group_rows - 1) / plan.group_rows;
-  const int64_t chunks = (call.num_items + plan.chunk_items - 1) / plan.chunk_items;
-  const int64_t lanes = std::max<int64_t>(call.num_rows, 16);  // a row alone costs as much as a register of them
-  const double products =
-      static_cast<double>(lanes) * static_cast<double>(call.num_items) * static_cast<double>(call.width + 8);
-  const int64_t available = static_cast<int64_t>(torch::stable::get_num_threads());
-  const int64_t threads = std::clamp<int64_t>(static_cast<int64_t>(products / kProductsPerThread), 1, available);
-  int64_t runs = threads == 1 ? 1 : (8 * threads + groups - 1) / groups;
-  runs = std::max(runs, call.num_items >> 28);  // counts of a task are held in 32 bits
-  runs = std::clamp<int64_t>(runs, 1, std::max<int64_t>(chunks, 1));
-
-  std::atomic<int64_t> next{0};
-  std::atomic<bool> out_of_memory{false};
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t first_thread, int64_t last_thread) {
-    if (first_thread >= last_thread) return;
-    const KeepDenormals keep;
-    const Memory scratch = allocate(plan.scratch_bytes);
-    if (!scratch) {
-      out_of_memory = true;
-      return;
-    }
-    std::memset(scratch.get(), 0, 64);  // says that nothing is packed yet
-    for (int64_t task = next.fetch_add(1); task < groups * runs; task = next.fetch_add(1)) {
-      const int64_t first_row = task / runs * plan.group_rows, run = task % runs;
-      const int64_t first_item = chunks * run / runs * plan.chunk_items;
-      const int64_t last_item = std::min(call.num_items, chunks * (run + 1) / runs * plan.chunk_items);
-      kernel.count(call, plan, first_row, std::min(plan.group_rows, call.num_rows - first_row), first_item,
-                   last_item - first_item, scratch.get());
-    }
+  const ScanPlan plan = kernel.plan(call);
+  TaskCut cut(call, plan, call.num_rows);
+  cut.runs = std::clamp(cut.runs, call.num_items >> 28, cut.chunks);  // counts of a task are held in 32 bits
+  // Counts are whole numbers, so who did what leaves no trace.
+  cut.run(plan.scratch_bytes, [&](int64_t group, int64_t first_chunk, int64_t num_chunks, void* scratch) {
+    const int64_t first_row = group * plan.group_rows, first_item = first_chunk * plan.chunk_items;
+    kernel.count(call, plan, first_row, std::min(plan.group_rows, call.num_rows - first_row), first_item,
+                 std::min(num_chunks * plan.chunk_items, call.num_items - first_item), scratch);
   });
-  if (out_of_memory) throw std::bad_alloc();
 }
 
 Tensor catalogue_rank(const Tensor& query, const Tensor& items, const Tensor& target, double scale,

@@ -34,4 +34,28 @@ void share_tasks(int64_t tasks, int64_t threads, int64_t scratch_bytes, const Wo
   if (out_of_memory) throw std::bad_alloc();
 }
 
+// A ranking scan: groups of rows × runs of chunks, about eight a thread.
+struct TaskCut {
+  int64_t groups, chunks, threads, runs;
+
+  TaskCut(const LogitCall& call, const ScanPlan& plan, int64_t num_rows) {
+    groups = (num_rows + plan.group_rows - 1) / plan.group_rows;
+    chunks = std::max<int64_t>((call.num_items + plan.chunk_items - 1) / plan.chunk_items, 1);
+    const int64_t lanes = std::max<int64_t>(num_rows, 16);  // a row alone costs as much as a register of them
+    threads = threads_for(static_cast<double>(lanes) * static_cast<double>(call.num_items) *
+                          static_cast<double>(call.width + 8));
+    runs = std::clamp<int64_t>(threads == 1 ? 1 : (8 * threads + groups - 1) / groups, 1, chunks);
+  }
+
+  // Calls work(group, first chunk, number of chunks, scratch) for every task.
+  template <class Work>
+  void run(int64_t scratch_bytes, const Work& work) const {
+    share_tasks(groups * runs, threads, scratch_bytes, [&](int64_t task, void* scratch) {
+      const int64_t group = task / runs, run = task % runs;
+      const int64_t first = chunks * run / runs, last = chunks * (run + 1) / runs;
+      work(group, first, last - first, scratch);
+    });
+  }
+};
+
 }  // namespace seqrec_fast

@@ -94,4 +94,57 @@ SEQREC_INLINE F64 rounded(F64 score) {
   return __builtin_convertvector(__builtin_convertvector(score, Half), F64);
 }
 
+// Whole blocks: kLanes rows (two fp64 registers) × kTile items.
+constexpr int kExactVectors = kLanes / kLanes64;
+static_assert(kExactVectors == 2);
+
+struct ExactRows {
+  double* panel;  // [width][kLanes]
+  double row_scale[kLanes];
+  int count;      // lanes in use; the others hold zeros
+  int64_t first;  // which rows the panel holds, -1: none
+};
+
+template <class T>
+void pack_exact_row(const LogitCall& call, int64_t row, int lane, ExactRows& to) {
+  const T* query = row_of<T>(call.query, row);
+  to.row_scale[lane] = row_scale_of<T>(call, row);
+  for (int64_t k = 0; k < call.width; ++k)
+    to.panel[k * kLanes + lane] = static_cast<double>(value(query[k * call.query.column_stride]));
+}
+SEQREC_INLINE void pad_exact_rows(int64_t width, int count, ExactRows& to) {
+  to.count = count;
+  for (int lane = count; lane < kLanes; ++lane) {
+    to.row_scale[lane] = 0.0;
+    for (int64_t k = 0; k < width; ++k) to.panel[k * kLanes + lane] = 0.0;
+  }
+}
+
+// Scores of kTile items, the first of which is items[first].
+template <class T>
+SEQREC_METHOD void score_exact_tile(const LogitCall& call, const ExactRows& rows, const ExactItems& items,
+                                    int64_t first, F64 (&score)[kTile][kExactVectors]) {
+  const int64_t width = call.width;
+  F64 sum[kTile][kExactVectors]{};
+  const double* weights = items.weights + first * width;
+  for (int64_t k = 0; k < width; ++k) {
+    F64 query[kExactVectors];
+#pragma GCC unroll 2
+    for (int u = 0; u < kExactVectors; ++u) query[u] = load(rows.panel + k * kLanes + u * kLanes64);
+#pragma GCC unroll 16
+    for (int i = 0; i < kTile; ++i) {
+      const F64 weight = broadcast(weights[i * width + k]);
+#pragma GCC unroll 2
+      for (int u = 0; u < kExactVectors; ++u) sum[i][u] = sum[i][u] + query[u] * weight;
+    }
+  }
+#pragma GCC unroll 2
+  for (int u = 0; u < kExactVectors; ++u) {
+    const F64 row_scale = load(rows.row_scale + u * kLanes64);
+#pragma GCC unroll 16
+    for (int i = 0; i < kTile; ++i)
+      score[i][u] = rounded<T>(sum[i][u] * call.scale * row_scale + items.bias[first + i]);
+  }
+}
+
 }  // namespace seqrec_fast::SEQREC_TIER

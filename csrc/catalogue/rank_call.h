@@ -13,15 +13,8 @@ struct RankCall : LogitCall {
   int64_t* rank = nullptr;  // [B] result: counts are added to it
 };
 
-// How a call is cut up. Nothing here depends on the number of items, except that short catalogues make short chunks.
-struct RankPlan {
-  int64_t group_rows = 0;     // rows whose packed queries fit half of a small L2 cache
-  int64_t chunk_items = 0;    // items that stay in L1/L2 while every row of a group meets them
-  int64_t scratch_bytes = 0;  // per thread; 64-byte aligned, zero-filled at first
-};
-
 struct RankKernels {
-  RankPlan (*plan)(const RankCall&);
+  ScanPlan (*plan)(const RankCall&);
   // goal[begin … end).
   void (*target_scores)(const RankCall&, int64_t begin, int64_t end);
   // Writes the excluded ids that rank above the target of rows[index], duplicates included, and returns how many there
@@ -29,7 +22,7 @@ struct RankKernels {
   // *bad is that id, and -1 is returned.
   int64_t (*excluded_above)(const RankCall&, int64_t index, float* query, int64_t* above, int64_t* bad);
   // Adds, for each of rows[first_row …], how many of the items first_item … rank above the row's target.
-  void (*count)(const RankCall&, const RankPlan&, int64_t first_row, int64_t num_rows, int64_t first_item,
+  void (*count)(const RankCall&, const ScanPlan&, int64_t first_row, int64_t num_rows, int64_t first_item,
                 int64_t num_items, void* scratch);
 };
 

@@ -23,65 +23,40 @@ SEQREC_INLINE bool ranks_above(double score, int64_t id, const Goal& goal) {
   return score > goal.score || (score == goal.score && id < goal.id);
 }
 
-// Whole blocks: kLanes rows (two fp64 registers) × kTile items.
-constexpr int kExactVectors = kLanes / kLanes64;
-static_assert(kExactVectors == 2);
-
-struct ExactRows {
-  double* panel;  // [width][kLanes]
-  double row_scale[kLanes];
-  double score[kLanes];  // the goals
+// The goals of a block of rows.
+struct ExactGoals {
+  double score[kLanes];
   int64_t id[kLanes];
-  int64_t first;  // which rows the panel holds, -1: none
 };
 
 // rows: `count` places in call.rows.
 template <class T>
-void pack_exact_rows(const RankCall& call, const int64_t* rows, int count, ExactRows& to) {
+void pack_exact_rows(const RankCall& call, const int64_t* rows, int count, ExactRows& to, ExactGoals& goals) {
   for (int lane = 0; lane < kLanes; ++lane) {
-    if (lane >= count) {
-      to.row_scale[lane] = 0.0, to.score[lane] = __builtin_inf(), to.id[lane] = -1;
-      for (int64_t k = 0; k < call.width; ++k) to.panel[k * kLanes + lane] = 0.0;
-      continue;
-    }
-    const int64_t row = call.rows[rows[lane]];
-    const Goal goal = goal_of<T>(call, rows[lane]);
-    const T* query = row_of<T>(call.query, row);
-    to.row_scale[lane] = row_scale_of<T>(call, row), to.score[lane] = goal.score, to.id[lane] = goal.id;
-    for (int64_t k = 0; k < call.width; ++k)
-      to.panel[k * kLanes + lane] = static_cast<double>(value(query[k * call.query.column_stride]));
+    const Goal goal = lane < count ? goal_of<T>(call, rows[lane]) : Goal{__builtin_inf(), -1};
+    goals.score[lane] = goal.score, goals.id[lane] = goal.id;
+    if (lane < count) pack_exact_row<T>(call, call.rows[rows[lane]], lane, to);
   }
+  pad_exact_rows(call.width, count, to);
 }
 
 // above[lane] += how many of the (padded) items rank above the lane's goal.
 template <class T>
-__attribute__((noinline)) void count_exact(const RankCall& call, const ExactRows& rows, const ExactItems& items,
-                                           int64_t* above) {
-  const int64_t width = call.width;
+__attribute__((noinline)) void count_exact(const RankCall& call, const ExactRows& rows, const ExactGoals& goals,
+                                           const ExactItems& items, int64_t* above) {
   I64 count[kExactVectors]{};
   for (int64_t first = 0; first < items.count; first += kTile) {
-    F64 sum[kTile][kExactVectors]{};
-    const double* weights = items.weights + first * width;
-    for (int64_t k = 0; k < width; ++k) {
-      F64 query[kExactVectors];
-#pragma GCC unroll 2
-      for (int u = 0; u < kExactVectors; ++u) query[u] = load(rows.panel + k * kLanes + u * kLanes64);
-#pragma GCC unroll 16
-      for (int i = 0; i < kTile; ++i) {
-        const F64 weight = broadcast(weights[i * width + k]);
-#pragma GCC unroll 2
-        for (int u = 0; u < kExactVectors; ++u) sum[i][u] = sum[i][u] + query[u] * weight;
-      }
-    }
+    F64 score[kTile][kExactVectors];
+    score_exact_tile<T>(call, rows, items, first, score);
 #pragma GCC unroll 2
     for (int u = 0; u < kExactVectors; ++u) {
-      const F64 row_scale = load(rows.row_scale + u * kLanes64), goal = load(rows.score + u * kLanes64);
+      const F64 goal = load(goals.score + u * kLanes64);
       I64 tie;
-      __builtin_memcpy(&tie, rows.id + u * kLanes64, sizeof tie);
+      __builtin_memcpy(&tie, goals.id + u * kLanes64, sizeof tie);
 #pragma GCC unroll 16
       for (int i = 0; i < kTile; ++i) {
-        const F64 score = rounded<T>(sum[i][u] * call.scale * row_scale + items.bias[first + i]);
-        const I64 over = (I64)(score > goal), equal = (I64)(score == goal) & (I64)(items.id[first + i] < tie);
+        const I64 over = (I64)(score[i][u] > goal);
+        const I64 equal = (I64)(score[i][u] == goal) & (I64)(items.id[first + i] < tie);
         count[u] -= over | equal;
       }
     }

@@ -1,16 +1,10 @@
 // Counting what ranks above a goal, in a tile of scores.
 #pragma once
 
-#include "catalogue/band.h"
+#include "catalogue/chunk.h"
 #include "catalogue/rank_call.h"
 
 namespace seqrec_fast::SEQREC_TIER {
-
-// What one tile of items adds to the band of every row.
-struct TileBand {
-  float norm;  // at least the largest norm of its items
-  float bias;  // at least c · the largest |bias|
-};
 
 struct Counters {
   float* low;  // [group] as in Limits, +inf in unused lanes, which then count nothing

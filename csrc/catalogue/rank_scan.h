@@ -5,17 +5,13 @@
 // decided in fp64 throughout.
 #pragma once
 
+#include "catalogue/chunk.h"
 #include "catalogue/rank_exact.h"
 #include "catalogue/rank_reducer.h"
 
 namespace seqrec_fast::SEQREC_TIER {
 
 constexpr int64_t kPairBuffer = 512;
-
-SEQREC_INLINE int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
-
-// ---- scratch
-// ----------------------------------------------------------------------------------------------------------
 
 struct Scratch {
   int64_t* packed;  // [1] 1 + the first row of the group the panel holds; 0: none
@@ -24,63 +20,40 @@ struct Scratch {
   int64_t* total;   // [group + kLanes] counts of this task
   float* panel;     // see Panel
   Counters counters;
-  float* staged;       // [chunk, width] items as contiguous fp32, unless they are that already
-  float* start;        // [chunk] bias, or NaN: not scanned
-  TileBand* band;      // [chunk / kTile]
-  float* squares;      // [chunk] at least the squared norm of each item
-  int64_t* special;    // [chunk] items decided in fp64 for every row
+  ScanChunk chunk;
   int64_t* pair_slot;  // [kPairBuffer] undecided pairs
   int64_t* pair_item;
   ExactRows* exact_rows;  // [kWide] a block of the scan is kWide blocks in fp64
-  ExactItems items;       // [chunk]
+  ExactGoals* exact_goals;
 };
 
 // With base null only the size is computed.
-int64_t carve(const RankCall& call, const RankPlan& plan, void* base, Scratch& s) {
-  int64_t used = 0;
-  auto take = [&]<class Element>(Element*& pointer, int64_t count) {
-    pointer = reinterpret_cast<Element*>(reinterpret_cast<uintptr_t>(base) + static_cast<uintptr_t>(used));
-    used += round_up(count * static_cast<int64_t>(sizeof(Element)), 64);
-  };
-  const int64_t group = plan.group_rows, chunk = round_up(plan.chunk_items, kTile), width = call.width;
-  take(s.packed, 1);
-  take(s.plain, 1);
-  take(s.index, group);
-  take(s.total, group + kLanes);
-  take(s.panel, group * width);
-  take(s.counters.low, group);
-  take(s.counters.high, group);
-  take(s.counters.slope, group);
-  take(s.counters.above, group);
-  take(s.staged, chunk * width);
-  take(s.start, chunk);
-  take(s.band, chunk / kTile);
-  take(s.squares, chunk);
-  take(s.special, chunk);
-  take(s.pair_slot, kPairBuffer);
-  take(s.pair_item, kPairBuffer);
-  take(s.exact_rows, kWide);
+int64_t carve(const RankCall& call, const ScanPlan& plan, void* base, Scratch& s) {
+  Layout layout(base);
+  const int64_t group = plan.group_rows, width = call.width;
+  s.packed = layout.take<int64_t>(1);
+  s.plain = layout.take<int64_t>(1);
+  s.index = layout.take<int64_t>(group);
+  s.total = layout.take<int64_t>(group + kLanes);
+  s.panel = layout.take<float>(group * width);
+  s.counters.low = layout.take<float>(group);
+  s.counters.high = layout.take<float>(group);
+  s.counters.slope = layout.take<float>(group);
+  s.counters.above = layout.take<int32_t>(group);
+  s.chunk.take(layout, plan.chunk_items, width);
+  s.pair_slot = layout.take<int64_t>(kPairBuffer);
+  s.pair_item = layout.take<int64_t>(kPairBuffer);
+  s.exact_rows = layout.take<ExactRows>(kWide);
+  s.exact_goals = layout.take<ExactGoals>(kWide);
   for (int u = 0; u < kWide; ++u) {
-    double* panel;
-    take(panel, width * kLanes);
+    double* panel = layout.take<double>(width * kLanes);
     if (base) s.exact_rows[u].panel = panel;
   }
-  take(s.items.weights, chunk * width);
-  take(s.items.bias, chunk);
-  take(s.items.id, chunk);
-  s.items.count = 0;
-  return used;
+  return layout.bytes();
 }
 
-// Half of a 1 MiB L2 for the queries of a group, 64 KiB for the items that meet them: on a 2 MiB L2 other sizes from
-// half to twice these change the time by less than 2 %.
-RankPlan make_plan(const RankCall& call) {
-  const int64_t row_bytes = 4 * most(call.width, 1);
-  RankPlan plan;
-  plan.group_rows =
-      least(round_up(most(call.num_rows, 1), kBlock), most((int64_t{1} << 19) / row_bytes / kBlock, 1) * kBlock);
-  plan.chunk_items = most(least((int64_t{1} << 16) / row_bytes, 1024) / kTile, 1) * kTile;
-  plan.chunk_items = least(plan.chunk_items, round_up(most(call.num_items, 1), kTile));
+ScanPlan make_plan(const RankCall& call) {
+  ScanPlan plan = usual_plan(call, call.num_rows);
   Scratch unused;
   plan.scratch_bytes = carve(call, plan, nullptr, unused);
   return plan;
@@ -92,22 +65,17 @@ RankPlan make_plan(const RankCall& call) {
 template <class T>
 struct Task {
   const RankCall& call;
-  const RankPlan& plan;
+  const ScanPlan& plan;
   Scratch s;
   int64_t first_row, num_rows;
   int64_t pairs = 0;
-  // The chunk at hand.
-  int64_t first_item = 0, count = 0;
-  const float* rows = nullptr;
-  int64_t stride = 0;
-  int64_t num_special = 0;
 
   // Step 1: pack the group. Rows that can be scanned come first, the others are decided in fp64.
   void pack() {
     if (*s.packed == first_row + 1) return;
     int64_t front = 0, back = num_rows;
     for (int64_t r = 0; r < num_rows; ++r) {
-      const bool scanned = call.width <= kScanWidth && query_norm(first_row + r) <= kNormLimit;
+      const bool scanned = norm_of(first_row + r) <= kNormLimit;
       s.index[scanned ? front++ : --back] = first_row + r;
     }
     *s.plain = front;
@@ -123,7 +91,7 @@ struct Task {
           const int64_t row = call.rows[s.index[slot]];
           pack_row(panel, slot, row_of<T>(call.query, row), call.query.column_stride,
                    call.scale * row_scale_of<T>(call, row));
-          limits = limits_of(call.goal[s.index[slot]], query_norm(s.index[slot]), call.width);
+          limits = limits_of(call.goal[s.index[slot]], norm_of(s.index[slot]), call.width);
         }
         s.counters.low[slot] = limits.low, s.counters.high[slot] = limits.high, s.counters.slope[slot] = limits.slope;
         s.counters.above[slot] = 0;
@@ -131,111 +99,28 @@ struct Task {
     }
   }
 
-  // |scale·q|, a little more than its rounding to fp32 can have; infinite or NaN where fp64 must decide.
-  double query_norm(int64_t index) const {
-    if constexpr (kIsDouble<T>) return __builtin_inf();
-    const int64_t row = call.rows[index];
-    if (!folds<T>(call, row)) return __builtin_inf();
-    const T* query = row_of<T>(call.query, row);
-    double squares = 0.0;
-    for (int64_t k = 0; k < call.width; ++k) {
-      const double x = static_cast<double>(value(query[k * call.query.column_stride]));
-      squares += x * x;
-    }
-    return __builtin_sqrt(squares) * magnitude(call.scale * row_scale_of<T>(call, row)) * 1.000001;
-  }
+  double norm_of(int64_t index) const { return query_norm<T>(call, call.rows[index]); }
 
-  // Step 2: make the chunk ready: contiguous fp32 rows, start values, the band of each tile, items that need fp64.
-  void stage() {
-    const int64_t padded = round_up(count, kTile), width = call.width;
-    rows = s.staged, stride = width;
-    bool direct = false;
-    if constexpr (__is_same(T, float)) {
-      direct = call.items.column_stride == 1 && padded == count;
-      if (direct) rows = row_of<float>(call.items, first_item), stride = call.items.row_stride;
-    }
-    const float not_scanned = __builtin_nanf("");
-    for (int64_t i = 0; i < count; ++i)
-      s.start[i] = call.bias.data ? static_cast<float>(at<T>(call.bias, first_item + i)) : 0.0f;
-    for (int64_t i = count; i < padded; ++i) s.start[i] = not_scanned;
-    skip_items();
-    num_special = 0;
-    // Σw² as computed is within (width + 8)·u of the truth, plus 2^-126 a term that underflowed.
-    const float inflate = 1.0f + static_cast<float>(width + 8) * 0x1p-22f,
-                underflow = static_cast<float>(width) * 0x1p-126f;
-    for (int64_t tile = 0; tile < padded; tile += kTile) {
-      float squares = 0.0f, bias = 0.0f;
-      for (int64_t i = tile; i < tile + kTile; ++i) {
-        if (!direct) {
-          if (i < count)
-            read_row(row_of<T>(call.items, first_item + i), call.items.column_stride, width, s.staged + i * width);
-          else
-            for (int64_t k = 0; k < width; ++k) s.staged[i * width + k] = 0.0f;
-        }
-        const float own = sum_of_squares(rows + i * stride, width) * inflate + underflow;
-        const float own_bias = __builtin_fabsf(s.start[i]);
-        s.squares[i] = own;
-        if (own <= 0x1p120f && own_bias <= kBiasLimit) {
-          squares = own > squares ? own : squares;
-          bias = own_bias > bias ? own_bias : bias;
-          continue;
-        }
-        // NaN or -inf never ranks, whatever the row. (Skipped and padding items have NaN here.)
-        if (s.start[i] > -__builtin_inff()) s.special[num_special++] = first_item + i;
-        s.start[i] = not_scanned;
-      }
-      s.band[tile / kTile] = {__builtin_sqrtf(squares), static_cast<float>(relative_band(width)) * bias};
-    }
-  }
-
-  // Items excluded for every row leave the scan here.
-  void skip_items() {
-    for (int64_t i = first_skipped(first_item); i < call.num_skipped && call.skipped[i] < first_item + count; ++i)
-      s.start[call.skipped[i] - first_item] = __builtin_nanf("");
-  }
-  int64_t first_skipped(int64_t item) const {
-    int64_t low = 0, high = call.num_skipped;
-    while (low < high) {
-      const int64_t middle = low + (high - low) / 2;
-      if (call.skipped[middle] < item)
-        low = middle + 1;
-      else
-        high = middle;
-    }
-    return low;
-  }
-
-  // Step 3: scan, and meanwhile fetch the next chunk.
+  // Step 2: scan, and meanwhile fetch the next chunk.
   void scan(int64_t next_item, int64_t next_count) {
     const int64_t blocks = round_up(*s.plain, kBlock) / kBlock;
-    const int64_t tiles = round_up(count, kTile) / kTile;
-    const int64_t turns = call.width / kTurn;
-    const bool fetch = call.items.column_stride == 1 && next_count > 0 && turns > 0;
-    const int64_t bytes = next_count * call.items.row_stride * static_cast<int64_t>(sizeof(T));
-    const char* next = reinterpret_cast<const char*>(row_of<T>(call.items, fetch ? next_item : first_item));
-    // Rows far apart in memory are not worth fetching the gaps for.
-    const bool dense = call.items.row_stride < 2 * call.width;
-    const int64_t step = fetch && dense ? bytes / (blocks * tiles * turns) : 0;
-    for (int64_t block = 0; block < blocks; ++block)
-      for (int64_t tile = 0; tile < tiles; ++tile) {
-        const Ahead ahead{next, step};
-        next += step * turns;
-        if (*s.plain - block * kBlock > kLanes)
-          scan_tile<kWide>(block * kBlock, tile, ahead);
-        else
-          scan_tile<1>(block * kBlock, tile, ahead);
-      }
+    walk<T>(call, s.chunk, blocks, next_item, next_count, [&](int64_t block, int64_t tile, const Ahead& ahead) {
+      if (*s.plain - block * kBlock > kLanes)
+        scan_tile<kWide>(block * kBlock, tile, ahead);
+      else
+        scan_tile<1>(block * kBlock, tile, ahead);
+    });
   }
 
   template <int Vectors>
   SEQREC_METHOD void scan_tile(int64_t slot, int64_t tile, const Ahead& ahead) {
     F32 score[kTile][Vectors];
-    score_tile<Vectors>(s.panel + slot * call.width, call.width, rows + tile * kTile * stride, stride,
-                        s.start + tile * kTile, ahead, score);
+    score_tile<Vectors>(s.panel + slot * call.width, call.width, s.chunk.rows + tile * kTile * s.chunk.stride,
+                        s.chunk.stride, s.chunk.start + tile * kTile, ahead, score);
     const Counters counters{s.counters.low + slot, s.counters.high + slot, s.counters.slope + slot,
                             s.counters.above + slot};
     CountAbove<Vectors> reducer;
-    if (__builtin_expect(reducer.reduce(score, counters, s.band[tile]), 1)) {
+    if (__builtin_expect(reducer.reduce(score, counters, s.chunk.band[tile]), 1)) {
       reducer.add_to(counters);
       return;
     }
@@ -245,7 +130,7 @@ struct Task {
     decide(spilled, Vectors, slot, tile);
   }
 
-  // Step 4, rarely: a tile with pairs inside its band. It is gone through again, item by item, with the band of the
+  // Step 3, rarely: a tile with pairs inside its band. It is gone through again, item by item, with the band of the
   // item's own norm; the pairs left are noted for fp64. Where they are many (ties everywhere, say) the whole tile is
   // counted in fp64.
   __attribute__((noinline, cold)) void decide(const float* score, int vectors, int64_t slot, int64_t tile) {
@@ -255,7 +140,7 @@ struct Task {
     I32 above[kWide]{};
     for (int64_t i = 0; i < kTile; ++i) {
       const int64_t item = tile * kTile + i;
-      const F32 norm = broadcast(__builtin_sqrtf(s.squares[item])), bias = broadcast(s.band[tile].bias);
+      const F32 norm = broadcast(__builtin_sqrtf(s.chunk.squares[item])), bias = broadcast(s.chunk.band[tile].bias);
       for (int u = 0; u < vectors; ++u) {
         const int64_t first = slot + u * kLanes;
         const F32 x = load(score + i * kBlock + u * kLanes), width = fma(load(s.counters.slope + first), norm, bias);
@@ -269,7 +154,7 @@ struct Task {
             return;
           }
           s.pair_slot[pairs] = first + __builtin_ctz(bits);
-          s.pair_item[pairs++] = first_item + item;
+          s.pair_item[pairs++] = s.chunk.first + item;
         }
       }
     }
@@ -280,10 +165,7 @@ struct Task {
   }
 
   void recount(int64_t slot, int vectors, int64_t tile) {
-    s.items.count = 0;
-    for (int64_t i = tile * kTile; i < (tile + 1) * kTile; ++i)
-      if (s.start[i] == s.start[i]) push_exact_item<T>(call, first_item + i, s.items);
-    pad_exact_items(s.items, call.width);
+    scanned_tile_in_fp64<T>(call, s.chunk, tile);
     for (int u = 0; u < vectors && slot + u * kLanes < *s.plain; ++u) count_block(slot + u * kLanes, *s.plain);
   }
 
@@ -307,49 +189,42 @@ struct Task {
 
   // ---- fp64 for whole blocks ----
 
-  // s.items against the rows from `slot` to `end`, at most kLanes of them.
+  // chunk.items against the rows from `slot` to `end`, at most kLanes of them.
   void count_block(int64_t slot, int64_t end) {
     ExactRows& rows = s.exact_rows[slot / kLanes % kWide];
+    ExactGoals& goals = s.exact_goals[slot / kLanes % kWide];
     if (rows.first != slot) {
-      pack_exact_rows<T>(call, s.index + slot, static_cast<int>(least(kLanes, end - slot)), rows);
+      pack_exact_rows<T>(call, s.index + slot, static_cast<int>(least(kLanes, end - slot)), rows, goals);
       rows.first = slot;
     }
-    count_exact<T>(call, rows, s.items, s.total + slot);
+    count_exact<T>(call, rows, goals, s.chunk.items, s.total + slot);
   }
   void count_blocks(int64_t begin, int64_t end) {
-    pad_exact_items(s.items, call.width);
     for (int64_t slot = begin; slot < end; slot += kLanes) count_block(slot, end);
-  }
-
-  void all_items_in_fp64() {
-    s.items.count = 0;
-    int64_t skip = first_skipped(first_item);
-    for (int64_t id = first_item; id < first_item + count; ++id) {
-      if (skip < call.num_skipped && call.skipped[skip] == id)
-        ++skip;
-      else
-        push_exact_item<T>(call, id, s.items);
-    }
-    count_blocks(*s.plain, num_rows);
   }
 
   void run(int64_t begin, int64_t end) {
     pack();
     for (int64_t slot = 0; slot < num_rows + kLanes; ++slot) s.total[slot] = 0;
     for (int64_t slot = 0; slot < plan.group_rows; ++slot) s.counters.above[slot] = 0;
-    for (first_item = begin; first_item < end; first_item += count) {
-      count = least(plan.chunk_items, end - first_item);
+    ScanChunk& chunk = s.chunk;
+    for (chunk.first = begin; chunk.first < end; chunk.first += chunk.count) {
+      chunk.count = least(plan.chunk_items, end - chunk.first);
       if constexpr (!kIsDouble<T>) {
         if (*s.plain) {
-          stage();
-          const int64_t next = first_item + count;
+          stage<T>(call, chunk);
+          const int64_t next = chunk.first + chunk.count;
           scan(next, least(plan.chunk_items, end - next));
-          s.items.count = 0;
-          for (int64_t i = 0; i < num_special; ++i) push_exact_item<T>(call, s.special[i], s.items);
-          if (num_special) count_blocks(0, *s.plain);
+          if (chunk.num_special) {
+            special_items_in_fp64<T>(call, chunk);
+            count_blocks(0, *s.plain);
+          }
         }
       }
-      if (*s.plain < num_rows) all_items_in_fp64();
+      if (*s.plain < num_rows) {
+        all_items_in_fp64<T>(call, chunk);
+        count_blocks(*s.plain, num_rows);
+      }
     }
     flush();
     for (int64_t slot = 0; slot < num_rows; ++slot) {

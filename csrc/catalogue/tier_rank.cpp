@@ -35,7 +35,7 @@ int64_t excluded_above(const RankCall& call, int64_t index, float* query, int64_
   });
 }
 
-void count(const RankCall& call, const RankPlan& plan, int64_t first_row, int64_t num_rows, int64_t first_item,
+void count(const RankCall& call, const ScanPlan& plan, int64_t first_row, int64_t num_rows, int64_t first_item,
            int64_t num_items, void* scratch) {
   with_format(call.format, [&](auto element) {
     using T = decltype(element);

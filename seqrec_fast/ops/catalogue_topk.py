@@ -99,7 +99,7 @@ def _fake_backward(*args: Any) -> tuple[Tensor, ...]:
     return _catalogue.fake_gradients(_named(query, items, row_scale, bias), mask, query)
 
 
-CATALOGUE_TOPK = Operator(NAME, reference=reference.forward, fake=_fake, describe=_describe)
+CATALOGUE_TOPK = Operator(NAME, reference=reference.forward, fake=_fake, describe=_describe, native=_dispatch.always)
 CATALOGUE_TOPK_BACKWARD = Operator(
     f"{NAME}_backward", reference=reference.backward, fake=_fake_backward, describe=_describe_backward
 )

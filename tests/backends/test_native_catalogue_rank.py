@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
-from rank_cases import IGNORE, Case, check, options, random_case
-from torch import Tensor
+from rank_cases import IGNORE, Case, check, random_case
+from ranking_cases import CATALOGUES, SHAPES, column, exclusion_lists, nasty, near_ties, options
 
 from seqrec_fast import _native
 
@@ -19,20 +18,6 @@ native = torch.ops.seqrec_fast_native
 HIGHEST_TIER = native.highest_cpu_tier.default()
 CHOSEN_TIER = _native.TIERS.index(_native.CPU_TIER or "default")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-
-# (B, I, d): tiles are 12 or 6 items by 2 or 1 vectors of 16, 8 or 4 rows; chunks 64 KiB of items; groups 512 KiB of queries.
-SHAPES = [
-    (1, 1, 1),
-    (3, 5, 0),
-    (2, 13, 3),
-    (16, 12, 16),
-    (17, 251, 7),
-    (33, 253, 64),
-    (64, 601, 5),
-    (5, 1009, 66),
-    (1, 3001, 64),
-    (519, 37, 256),
-]
 
 
 @pytest.fixture(autouse=True)
@@ -48,77 +33,10 @@ def test_definition(shape: tuple[int, int, int], dtype: torch.dtype, tier: int) 
     check(options(case))
 
 
-# Data on which a product in fp32 gives wrong places.
-
-
-def near_ties(table: Tensor, query: Tensor) -> Tensor:
-    """Rows whose scores differ in the last places only: one row, with one element moved by a few ulp."""
-    near = table[:1].repeat(len(table), 1)
-    steps = torch.randint(-3, 4, (len(table),))
-    column = torch.randint(0, table.shape[1], (len(table),))
-    rows = torch.arange(len(table))
-    near[rows, column] *= 1 + steps * 2.0**-23
-    return near
-
-
-def ascending(table: Tensor, query: Tensor) -> Tensor:
-    order = (table @ query[0]).argsort()
-    return table[order]
-
-
-def non_finite(table: Tensor, query: Tensor) -> Tensor:
-    odd = table.clone()
-    odd[::7, 1] = float("inf")
-    odd[1::11, 0] = float("-inf")
-    odd[2::13, 2] = float("nan")
-    odd[3::17, :2] = torch.tensor([float("inf"), float("-inf")])
-    return odd
-
-
-def outliers(table: Tensor, query: Tensor) -> Tensor:
-    odd = table.clone()
-    odd[::9] *= 1e4
-    odd[4::31] *= 1e19
-    odd[5::37] *= 1e-25
-    return odd
-
-
-CATALOGUES = {
-    "ordinary": lambda table, query: table,
-    "one row repeated": lambda table, query: table[:1].expand(len(table), -1),
-    "near ties": near_ties,
-    "ascending": ascending,
-    "descending": lambda table, query: ascending(table, query).flip(0),
-    "huge": lambda table, query: table * 3e25,
-    "overflowing": lambda table, query: table * 1e38,
-    "tiny": lambda table, query: table * 1e-30,
-    "denormal": lambda table, query: table * 1e-41,
-    "zero": lambda table, query: table * -0.0,
-    "not finite": non_finite,
-    "outliers": outliers,
-    "small whole numbers": lambda table, query: table.mul(2).round(),
-}
-
-
 @pytest.mark.parametrize("name", CATALOGUES)
 def test_nasty_catalogues(name: str, tier: int) -> None:
-    case = random_case(41, 509, 21)
-    query = case.query.clone()
-    query[3] = 0.0  # every pair is a tie
-    query[4] = float("nan")
-    query[5, 0] = float("inf")
-    query[6] *= 1e-38
-    query[7] *= 1e30
-    query[8:12] = 0.0
-    case = replace(case, query=query, items=CATALOGUES[name](case.items, case.query))
-    check(case)
-    check(options(case))
-    rounded = options(case)
-    assert rounded.bias is not None
-    rounded.bias[1::5] = 3e38  # absorbs every product: all scores of these items are equal
-    rounded.bias[2::5] = float("nan")
-    rounded.bias[3::50] = float("inf")
-    check(rounded)
+    for case in nasty(random_case(41, 509, 21), name):
+        check(case)
 
 
 def test_near_ties_are_wrong_in_fp32() -> None:
@@ -152,27 +70,17 @@ def test_very_wide(tier: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("id_dtype", [torch.int64, torch.int32], ids=str)
 def test_exclusion_lists(id_dtype: torch.dtype, dtype: torch.dtype, tier: int) -> None:
-    batch, items = 23, 307
-    case = random_case(batch, items, 19, dtype)
-    padded = torch.randint(0, items, (batch, 61), dtype=id_dtype)
-    padded[:, 20:30] = padded[:, :10]  # duplicates
-    padded[:, 7] = case.target.to(id_dtype)
-    padded[torch.rand(batch, 61) < 0.3] = -1
-    padded[2, :40] = -1
-    padded[5] = -1
-    padded[6, ::2] = -1
-    case = replace(case, exclude=padded)
+    case, by_row = exclusion_lists(random_case(23, 307, 19, dtype), 61, id_dtype)
+    padded = case.exclude
+    assert padded is not None
+    padded[8, 7] = case.target[8]
+    by_row = replace(by_row, target=case.target)
     check(case)
-
-    lists = [case.excluded(row) for row in range(batch)]
-    columns = torch.tensor([id_ for ids in lists for id_ in ids], dtype=id_dtype)
-    crow = torch.tensor([0, *np.cumsum([len(ids) for ids in lists])], dtype=id_dtype)
-    by_row = replace(case, exclude=columns, crow=crow)
-    assert torch.equal(by_row.native(), case.native())
+    check(by_row)
 
     shared = replace(case, exclude=padded[0])
     check(shared)
-    same = replace(case, exclude=padded[:1].expand(batch, -1))
+    same = replace(case, exclude=padded[:1].expand(23, -1))
     assert torch.equal(shared.native(), same.native())
 
 
@@ -217,7 +125,7 @@ def test_empty() -> None:
     nothing = random_case(0, 7, 4)
     assert nothing.native().shape == (0,)
     assert nothing.native().dtype == torch.int64
-    no_items = Case(torch.randn(2, 4), torch.randn(0, 4), torch.full((2,), IGNORE))
+    no_items = Case(torch.randn(2, 4), torch.randn(0, 4), target=torch.full((2,), IGNORE))
     assert no_items.native().tolist() == [-1, -1]
 
 
@@ -246,9 +154,6 @@ def test_strides(tier: int) -> None:
     assert case.bias is not None
     assert case.exclude is not None
 
-    def column(vector: Tensor) -> Tensor:
-        return torch.stack([vector, vector], 1)[:, 0]
-
     views = replace(
         case,
         query=case.query.T.contiguous().T,
@@ -267,7 +172,7 @@ def test_offsets_beyond_32_bits() -> None:
     storage = torch.empty(2 * stride + 8, dtype=torch.float16)  # 4 GiB of addresses; only three pages are touched
     items = storage.as_strided((3, 8), (stride, 1))
     items.copy_(torch.randn(3, 8))
-    check(Case(torch.randn(5, 8).half(), items, torch.tensor([0, 1, 2, 2, 1])))
+    check(Case(torch.randn(5, 8).half(), items, target=torch.tensor([0, 1, 2, 2, 1])))
 
 
 def test_flushed_denormals(tier: int) -> None:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from processes import run
 from rank_cases import IGNORE, Case, random_case
 
 from seqrec_fast import _native
@@ -18,7 +15,6 @@ if _native.MISSING is not None:
     pytest.skip(f"no native library: {_native.MISSING}", allow_module_level=True)
 
 HIGHEST_TIER = torch.ops.seqrec_fast_native.highest_cpu_tier.default()
-ROOT = Path(__file__).resolve().parents[2]
 
 
 # Errors: before any work, as the built-in types.
@@ -35,7 +31,7 @@ def test_target_out_of_range(target: int) -> None:
 
 def test_target_in_an_empty_catalogue() -> None:
     with pytest.raises(IndexError, match="target must hold item ids in an empty catalogue"):
-        Case(torch.randn(2, 4), torch.randn(0, 4), torch.zeros(2, dtype=torch.int64)).native()
+        Case(torch.randn(2, 4), torch.randn(0, 4), target=torch.zeros(2, dtype=torch.int64)).native()
 
 
 @pytest.mark.parametrize("wrong", [-2, 50, -(2**40), 2**33])
@@ -101,14 +97,6 @@ rank = torch.ops.seqrec_fast_native.catalogue_rank(*arguments, exclude, None, -1
 digest = hashlib.sha256(rank.numpy().tobytes()).hexdigest()
 print(_native.CPU_TIER, torch.get_num_threads(), digest)
 """
-
-
-def run(code: str, **environment: str) -> list[str]:
-    done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **environment}, cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.split()
 
 
 def test_same_ranks_in_every_tier_and_thread_count() -> None:

@@ -1,4 +1,4 @@
-"""What the benchmarks of the rankings share: a case, the bound of a call, interleaved times of ours and torch's, a table."""
+"""What the benchmarks of the catalogue operators share: a case, the bound of a call, interleaved times of all sides, a table."""
 
 from __future__ import annotations
 
@@ -27,9 +27,11 @@ class CatalogueCase:
     items: int
     width: int = 64
     dtype: torch.dtype = torch.float32
+    backward: bool = False  # timed with the gradients
 
     @property
     def multiply_adds(self) -> int:
+        """The least that a call needs."""
         return self.rows * self.items * self.width
 
     @property
@@ -43,7 +45,7 @@ class CatalogueCase:
         return query.to(self.dtype), items.to(self.dtype)
 
     def calls(self) -> dict[str, Call]:
-        """ "ours", and torch's forms under names that begin with "torch"."""
+        """ "ours", and the peers' forms under names that begin with the peer's and a space."""
         raise NotImplementedError
 
 
@@ -73,54 +75,58 @@ def measure(operator: str, cases: Sequence[CatalogueCase], rounds: int) -> list[
         def best(times: dict[str, float], side: str) -> tuple[float, str]:
             return min((value, key) for key, value in times.items() if key.startswith(side))
 
-        ours, theirs = best(middle, "ours"), best(middle, "torch")
-        rows.append(
-            {
-                "operator": operator,
-                "backend": "native",
-                "pass": "forward",
-                "dtype": str(case.dtype).removeprefix("torch."),
-                "shape": f"{case.name}: B={case.rows} I={case.items} d={case.width}",
-                "all_ms": {key: round(value, 3) for key, value in middle.items()},
-                "ms": ours[0],
-                "min_ms": best(least, "ours")[0],
-                "bound_ms": 1e3 * max(case.multiply_adds / flop, case.catalogue_bytes / read),
-                "peak_bytes": peak,
-                "peer": theirs[1],
-                "peer_ms": theirs[0],
-                "ratio_of_medians": theirs[0] / ours[0],
-                "ratio_of_minima": best(least, "torch")[0] / best(least, "ours")[0],
-                "two_threads": middle["ours/1"] / middle["ours/2"],
-                "hardware": f"{facts['cpu']}, at most {max(THREADS)} threads, tier {facts['cpu_tier']}",
-                "versions": {"torch": str(facts["torch"])},
-            }
-        )
+        ours = best(middle, "ours")
+        for peer in dict.fromkeys(name.split(" ")[0].split("/")[0] for name in calls if name != "ours"):
+            theirs = best(middle, peer)
+            rows.append(
+                {
+                    "operator": operator,
+                    "backend": "native",
+                    "pass": "forward + backward" if case.backward else "forward",
+                    "dtype": str(case.dtype).removeprefix("torch."),
+                    "shape": f"{case.name}: B={case.rows} I={case.items} d={case.width}",
+                    "all_ms": {key: round(value, 3) for key, value in middle.items()},
+                    "ms": ours[0],
+                    "min_ms": best(least, "ours")[0],
+                    "bound_ms": 1e3 * max(case.multiply_adds / flop, case.catalogue_bytes / read),
+                    "peak_bytes": peak,
+                    "peer": theirs[1],
+                    "peer_ms": theirs[0],
+                    "ratio_of_medians": theirs[0] / ours[0],
+                    "ratio_of_minima": best(least, peer)[0] / best(least, "ours")[0],
+                    "two_threads": middle["ours/1"] / middle["ours/2"],
+                    "hardware": f"{facts['cpu']}, at most {max(THREADS)} threads, tier {facts['cpu_tier']}",
+                    "versions": {"torch": str(facts["torch"])},
+                }
+            )
     torch.set_num_threads(before)
     return rows
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
     found = Table(title=rows[0]["hardware"], title_justify="left")
-    for name in ("shape", "dtype"):
+    for name in ("shape", "dtype", "pass", "peer"):
         found.add_column(name)
-    for name in ("ms", "torch ms", "bound ms", "torch / ours", "of minima", "2 threads / 1"):
+    for name in ("ms", "peer's ms", "bound ms", "peer / ours", "of minima", "2 threads / 1", "extra MiB"):
         found.add_column(name, justify="right")
     for row in rows:
         times = (f"{row[key]:.1f}" for key in ("ms", "peer_ms", "bound_ms"))
         ratios = (f"{row[key]:.2f}×" for key in ("ratio_of_medians", "ratio_of_minima", "two_threads"))
-        found.add_row(row["shape"], row["dtype"], *times, *ratios)
+        extra = "–" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.0f}"
+        short = "fwd+bwd" if "backward" in row["pass"] else "fwd"
+        found.add_row(row["shape"], row["dtype"], short, row["peer"], *times, *ratios, extra)
     return found
 
 
 def report(operator: str, all_cases: Sequence[CatalogueCase]) -> None:
     """The program of an operator's benchmark."""
-    parser = argparse.ArgumentParser(description=f"{operator} beside torch, interleaved in one process")
+    parser = argparse.ArgumentParser(description=f"{operator} beside its peers, interleaved in one process")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--only", help="cases whose name contains this")
     parser.add_argument("--out", help="also write the rows to this JSON file")
     options = parser.parse_args()
     cases = [case for case in all_cases if options.only is None or options.only in case.name]
     rows = measure(operator, cases, options.rounds)
-    Console(width=140).print(table(rows))
+    Console(width=160).print(table(rows))
     if options.out:
         write_json(options.out, rows)

@@ -240,9 +240,12 @@ TENSORS = ("x", "h", "c", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr", "ln_ih", "ln_h
 LENGTHS = (7, 11, 0, 1, 7, 10, 2, 11)
 
 
-def build(kind: str, case: Case, dtype: torch.dtype = torch.float64) -> Call:
-    """The raw arguments of ``lstm`` or ``gru`` for a case. The same numbers for every dtype, but for their rounding."""
-    generator = torch.Generator().manual_seed(len(case.name) * 1000 + case.hidden)
+def build(kind: str, case: Case, dtype: torch.dtype = torch.float64, draw: int = 0) -> Call:
+    """The raw arguments of ``lstm`` or ``gru`` for a case. The same numbers for every dtype, but for their rounding.
+
+    ``draw``: other numbers of the same kind.
+    """
+    generator = torch.Generator().manual_seed(len(case.name) * 1000 + case.hidden + 1_000_000 * draw)
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
         return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype)

@@ -114,7 +114,13 @@ NATIVE_ONLY = {
     # which compiled CPU tier runs
     "highest_cpu_tier": "() -> int",
     "set_cpu_tier": "(int tier) -> ()",
-    # What the native cross-entropy is made of (backends/native/catalogue_cross_entropy.py). kept: targets as above, which no
+    # catalogue_cross_entropy without smoothing
+    "catalogue_cross_entropy_plain": f"(Tensor query, Tensor items, {_TARGETS}, {_LOGITS}, int ignore_index,"
+    " bool save_context) -> (Tensor loss, Tensor lse, Tensor context)",
+    "catalogue_cross_entropy_plain_backward": "(Tensor grad_loss, Tensor grad_lse, Tensor lse, Tensor context,"
+    f" Tensor query, Tensor items, {_TARGETS}, {_LOGITS}, int ignore_index, float skip_mass, bool[4] output_mask)"
+    " -> (Tensor dquery, Tensor ditems, Tensor drow_scale, Tensor dbias, Tensor skipped)",
+    # What it is made of with smoothing (backends/native/catalogue_cross_entropy.py). kept: targets as above, which no
     # exclusion touches  ->  shift, log_total [B], context [B,d] ([0] unless asked for), kept scores [N], all fp32
     "catalogue_softmax": f"(Tensor query, Tensor items, {_LOGITS}, Tensor kept, Tensor? kept_crow, bool context)"
     " -> (Tensor shift, Tensor log_total, Tensor context, Tensor kept_scores)",

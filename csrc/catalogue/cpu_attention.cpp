@@ -10,7 +10,7 @@ std::tuple<Tensor, Tensor> catalogue_attention(const Tensor& query, const Tensor
                                                int64_t num_heads, double scale, Optional row_scale, Optional bias,
                                                Optional exclude, Optional exclude_crow, int64_t precision) {
   const LogitArguments arguments{"catalogue_attention", query, keys, scale, row_scale, bias, exclude, exclude_crow};
-  const Softmax softmax(arguments, values, num_heads, {}, {});
+  const Softmax softmax(arguments, values, num_heads, {});
   const SoftmaxCall& all = softmax.all;
   const int64_t rows = all.num_rows;
   Tensor context = torch::stable::new_empty(query, {rows, all.value_width * num_heads});
@@ -38,7 +38,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> catalogue_attention_backward(
     Optional exclude, Optional exclude_crow, const std::vector<bool>& mask, int64_t precision) {
   const LogitArguments arguments{
       "catalogue_attention_backward", query, keys, scale, row_scale, bias, exclude, exclude_crow};
-  const Softmax softmax(arguments, values, num_heads, {}, {});
+  const Softmax softmax(arguments, values, num_heads, {});
   const SoftmaxCall& all = softmax.all;
   const int64_t rows = all.num_rows, items = all.num_items, width = all.value_width;
   check_value(mask.size() == 5, "catalogue_attention_backward: output_mask must have 5 entries, got ", mask.size());

@@ -32,11 +32,13 @@ int64_t runs_for(int64_t leaves, int64_t groups, int64_t threads) {
 
 }  // namespace
 
-SortedHolder::SortedHolder(const LogitArguments& a, const char* name, const IdLists& from, bool slots) {
-  const int64_t rows = a.query.size(0);
+SortedHolder::SortedHolder(const LogitArguments& a, const char* name, const IdLists& from, bool slots,
+                           const std::vector<int64_t>* rows) {
+  const int64_t all_rows = a.query.size(0);
   const bool padded = from.begin == nullptr;
-  begin_.assign(static_cast<size_t>(rows) + 1, 0);
-  for (int64_t r = 0; r < rows; ++r) {
+  begin_.assign(1, 0);
+  begin_.reserve(static_cast<size_t>(all_rows) + 1);
+  for (int64_t r = 0; r < all_rows; ++r) {
     const Range list = list_of(from, r);
     int64_t count = 0;
     for (int64_t i = list.begin; i < list.end; ++i) {
@@ -44,14 +46,15 @@ SortedHolder::SortedHolder(const LogitArguments& a, const char* name, const IdLi
       a.check_id(name, padded, id);
       count += id != -1;
     }
-    begin_[static_cast<size_t>(r) + 1] = begin_[static_cast<size_t>(r)] + count;
+    const size_t next = begin_.size() - 1;
+    if (!rows || (next < rows->size() && (*rows)[next] == r)) begin_.push_back(begin_.back() + count);
   }
   ids_.resize(static_cast<size_t>(begin_.back()));
   if (slots) slots_.resize(ids_.size());
-  torch::stable::parallel_for(0, rows, 16, [&](int64_t first, int64_t last) {
+  torch::stable::parallel_for(0, static_cast<int64_t>(begin_.size()) - 1, 16, [&](int64_t first, int64_t last) {
     std::vector<std::pair<int64_t, int64_t>> pairs;
     for (int64_t r = first; r < last; ++r) {
-      const Range list = list_of(from, r);
+      const Range list = list_of(from, rows ? (*rows)[static_cast<size_t>(r)] : r);
       int64_t* to = ids_.data() + begin_[static_cast<size_t>(r)];
       if (!slots) {
         int64_t* end = to;
@@ -75,7 +78,7 @@ SortedHolder::SortedHolder(const LogitArguments& a, const char* name, const IdLi
 }
 
 Softmax::Softmax(const LogitArguments& given, const std::optional<Tensor>& own_values, int64_t heads,
-                 const std::optional<Tensor>& kept_ids, const std::optional<Tensor>& kept_crow)
+                 const KeptPairs& pairs)
     : arguments((given.check(), given)), values(own_values), num_heads(heads), logits(given) {
   const Tensor& items = arguments.items;
   check_value(num_heads >= 1 && items.size(1) % num_heads == 0, arguments.operation,
@@ -92,16 +95,35 @@ Softmax::Softmax(const LogitArguments& given, const std::optional<Tensor>& own_v
   all.own_values = values.has_value();
   all.values = values ? matrix(*values) : all.items;
   all.value_width = values ? values->size(1) / num_heads : all.width;
-  if (all.excluded.ids) excluded = SortedHolder(arguments, "exclude", all.excluded, false);
+  if (all.excluded.ids) excluded = SortedHolder(arguments, "exclude", all.excluded, false, pairs.rows);
   all.lists = excluded.lists();
-  if (kept_ids) {
-    arguments.check_lists("target", *kept_ids, kept_crow);
-    check_value(kept_ids->dim() == 2 || kept_crow || kept_ids->size(0) == all.num_rows, arguments.operation,
-                ": target must have one id per row");
-    kept_list = ListHolder(*kept_ids, kept_crow);
-    kept = SortedHolder(arguments, "target", kept_list.lists, true);
+  if (pairs.lists.ids) {
+    kept = SortedHolder(arguments, "target", pairs.lists, true, pairs.rows);
     all.kept = kept.lists(), all.kept_slot = kept.slots();
   }
+  if (pairs.rows) take_rows(*pairs.rows);
+}
+
+// Copies of the rows that take part, so that the kernels know of no others.
+void Softmax::take_rows(const std::vector<int64_t>& rows) {
+  const Tensor query = torch::stable::contiguous(arguments.query);
+  const int64_t count = static_cast<int64_t>(rows.size()), row_bytes = query.size(1) * bytes_of(all.format);
+  query_rows_ = torch::stable::new_empty(query, {count, query.size(1)});
+  char* to = static_cast<char*>(query_rows_.mutable_data_ptr());
+  for (int64_t r = 0; r < count; ++r)
+    std::memcpy(to + r * row_bytes, static_cast<const char*>(data_of(query)) + rows[static_cast<size_t>(r)] * row_bytes,
+                static_cast<size_t>(row_bytes));
+  all.query = matrix(query_rows_);
+  all.num_rows = count;
+  if (!arguments.row_scale) return;
+  const Tensor scale = torch::stable::contiguous(*arguments.row_scale);
+  const int64_t bytes = bytes_of(all.scale_format);
+  scale_rows_ = torch::stable::new_empty(scale, {count});
+  to = static_cast<char*>(scale_rows_.mutable_data_ptr());
+  for (int64_t r = 0; r < count; ++r)
+    std::memcpy(to + r * bytes, static_cast<const char*>(data_of(scale)) + rows[static_cast<size_t>(r)] * bytes,
+                static_cast<size_t>(bytes));
+  all.row_scale = vector(scale_rows_);
 }
 
 SoftmaxCall Softmax::head(int64_t h) const {
@@ -112,11 +134,18 @@ SoftmaxCall Softmax::head(int64_t h) const {
   return call;
 }
 
-// How a forward is cut up, and what it takes.
+// Where a short catalogue has few leaves, rows are cut finer, so that there is a task for every thread.
+SoftmaxPlan plan_for(const SoftmaxCall& call, int64_t threads) {
+  const SoftmaxKernels& kernel = SEQREC_CHOSEN_TABLE(softmax_kernels);
+  const SoftmaxPlan plan = kernel.plan(call, call.num_rows);
+  if (threads == 1 || plan.leaves >= threads) return plan;
+  return kernel.plan(call, (call.num_rows * plan.leaves + threads - 1) / threads);
+}
+
 ForwardCut::ForwardCut(const SoftmaxCall& call, bool context, int64_t available)
-    : plan(SEQREC_CHOSEN_TABLE(softmax_kernels).plan(call)),
+    : threads(std::min(available, threads_for(products_of(call)))),
+      plan(plan_for(call, threads)),
       groups((call.num_rows + plan.group_rows - 1) / plan.group_rows),
-      threads(std::min(available, threads_for(products_of(call)))),
       runs(runs_for(plan.leaves, std::max<int64_t>(groups, 1), threads)),
       floats(plan.group_rows * ((context ? call.value_width : 0) + 2)) {}
 

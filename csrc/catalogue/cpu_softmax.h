@@ -10,8 +10,10 @@ namespace seqrec_fast {
 class SortedHolder {
  public:
   SortedHolder() = default;
-  // slots: also where in the given list each id stood.
-  SortedHolder(const LogitArguments& a, const char* name, const IdLists& from, bool slots);
+  // slots: also where in the given list each id stood. rows: those that lists are made of, null for all; the others'
+  // ids are checked too.
+  SortedHolder(const LogitArguments& a, const char* name, const IdLists& from, bool slots,
+               const std::vector<int64_t>* rows = nullptr);
 
   SortedLists lists() const { return {ids_.data(), begin_.empty() ? nullptr : begin_.data()}; }
   const int64_t* slots() const { return slots_.data(); }
@@ -20,10 +22,16 @@ class SortedHolder {
   std::vector<int64_t> ids_, begin_, slots_;
 };
 
+// Pairs that no exclusion touches, as lists by row of the query.
+struct KeptPairs {
+  IdLists lists;                               // no ids: none
+  const std::vector<int64_t>* rows = nullptr;  // ascending: the rows that take part; null: all
+};
+
 // One softmax over the catalogue, before it is cut into heads.
 struct Softmax {
   Softmax(const LogitArguments& arguments, const std::optional<Tensor>& values, int64_t num_heads,
-          const std::optional<Tensor>& kept, const std::optional<Tensor>& kept_crow);
+          const KeptPairs& kept_pairs);
 
   SoftmaxCall head(int64_t h) const;
 
@@ -31,18 +39,23 @@ struct Softmax {
   std::optional<Tensor> values;
   int64_t num_heads;
   Logits logits;
-  ListHolder kept_list;
   SortedHolder excluded, kept;
   SoftmaxCall all;  // the widths of a head, the data of the first
+
+ private:
+  void take_rows(const std::vector<int64_t>& rows);
+
+  Tensor query_rows_, scale_rows_;
 };
 
 struct ForwardCut {
   ForwardCut(const SoftmaxCall& call, bool context, int64_t available_threads);
   int64_t bytes() const;
 
+  int64_t threads;
   SoftmaxPlan plan;
-  int64_t groups, threads, runs;  // of leaves
-  int64_t floats;                 // that the sums of one group and run take
+  int64_t groups, runs;  // of leaves
+  int64_t floats;        // that the sums of one group and run take
 };
 
 struct BackwardCut {

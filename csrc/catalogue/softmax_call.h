@@ -83,7 +83,8 @@ struct SoftmaxRows {
 };
 
 struct SoftmaxKernels {
-  SoftmaxPlan (*plan)(const SoftmaxCall&);
+  // At most about most_rows in a group.
+  SoftmaxPlan (*plan)(const SoftmaxCall&, int64_t most_rows);
   SoftmaxPlan (*plan_backward)(const SoftmaxCall&, const SoftmaxGradient&);
   // Sums of rows first_row … over the leaves first_leaf …, a power of two of them. kept_score: by slot.
   void (*forward)(const SoftmaxCall&, const SoftmaxPlan&, int64_t first_row, int64_t num_rows, int64_t first_leaf,
@@ -91,6 +92,8 @@ struct SoftmaxKernels {
   // Adds up the sums of `runs` (a power of two) runs of leaves, in place, and finishes rows first_row ….
   void (*finish)(const SoftmaxCall&, int64_t first_row, int64_t num_rows, SoftmaxSums* sums, int64_t runs,
                  const SoftmaxResults&);
+  // to [d] = the vector of an item.
+  void (*read_item)(const SoftmaxCall&, int64_t item, float* to);
   void (*prepare)(const SoftmaxCall&, const SoftmaxGradient&, int64_t first_row, int64_t num_rows, const SoftmaxRows&);
   // Gradients of the items of the chunks [first, last).
   void (*backward_chunks)(const SoftmaxCall&, const SoftmaxPlan&, const SoftmaxGradient&, const SoftmaxRows&,

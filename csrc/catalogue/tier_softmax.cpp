@@ -16,11 +16,11 @@ SEQREC_INLINE void with_element(Format format, const Work& work) {
 SEQREC_INLINE int64_t rounded_down(int64_t n, int64_t step) { return most(n / step, 1) * step; }
 
 // Of a group of rows: queries and context fill a quarter of a 1 MiB L2 cache, and its leaves as much again.
-SoftmaxPlan plan(const SoftmaxCall& call) {
+SoftmaxPlan plan(const SoftmaxCall& call, int64_t most_rows) {
   const int64_t width = most(most(call.width, call.value_width), 1);
   SoftmaxPlan plan;
-  plan.group_rows =
-      least(rounded_down(least((int64_t{1} << 15) / width, 512), kBlock), up_to(most(call.num_rows, 1), kBlock));
+  const int64_t fitting = rounded_down(least((int64_t{1} << 15) / width, 512), kBlock);
+  plan.group_rows = least(fitting, up_to(most(least(call.num_rows, most_rows), 1), kBlock));
   plan.chunk_items = rounded_down(least((int64_t{1} << 14) / width, 192), kTile);
   plan.chunks = (call.num_items + plan.chunk_items - 1) / plan.chunk_items;
   plan.leaves = count_leaves(call.num_items, kMostLeaves);
@@ -80,6 +80,12 @@ void finish(const SoftmaxCall& call, int64_t first_row, int64_t num_rows, Softma
   }
 }
 
+void read_item(const SoftmaxCall& call, int64_t item, float* to) {
+  with_element(call.format, [&](auto element) {
+    read_row(row_of<decltype(element)>(call.items, item), call.items.column_stride, call.width, to);
+  });
+}
+
 void prepare(const SoftmaxCall& call, const SoftmaxGradient& gradient, int64_t first_row, int64_t num_rows,
              const SoftmaxRows& rows) {
   with_element(call.format, [&](auto element) {
@@ -112,7 +118,7 @@ void backward_leaves(const SoftmaxCall& call, const SoftmaxPlan& plan, const Sof
 
 }  // namespace
 
-const SoftmaxKernels softmax_kernels = {plan,    plan_backward,   forward,        finish,
-                                        prepare, backward_chunks, backward_leaves};
+const SoftmaxKernels softmax_kernels = {plan,      plan_backward, forward,         finish,
+                                        read_item, prepare,       backward_chunks, backward_leaves};
 
 }  // namespace seqrec_fast::SEQREC_TIER

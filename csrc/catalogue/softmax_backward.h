@@ -12,11 +12,11 @@
 namespace seqrec_fast::SEQREC_TIER {
 
 template <class T>
-struct Backward {
+struct SoftmaxBackward {
   const SoftmaxCall& call;
   const SoftmaxPlan& plan;
   const SoftmaxGradient& gradient;
-  Chunk<T> chunk;
+  SoftmaxChunk<T> chunk;
   float* weights;      // [chunk, group] p
   float* derivatives;  // [chunk, group] ds
   float* zeros;        // [chunk] start values of g·v
@@ -31,7 +31,7 @@ struct Backward {
   bool begun = false;        // whether the chunk's sums hold anything yet
   bool keeps = false;        // whether the chunk holds a kept pair of the group
 
-  Backward(const SoftmaxCall& call, const SoftmaxPlan& plan, const SoftmaxGradient& gradient, Layout& layout)
+  SoftmaxBackward(const SoftmaxCall& call, const SoftmaxPlan& plan, const SoftmaxGradient& gradient, Layout& layout)
       : call(call), plan(plan), gradient(gradient), chunk(call, plan.chunk_items, gradient.query, layout) {
     const int64_t most = up_to(plan.chunk_items, kTile);
     weights = layout.take<float>(most * plan.group_rows);
@@ -177,28 +177,23 @@ struct Backward {
   SEQREC_METHOD void derive_directed(int64_t row, float* p, float* ds, const F32 (&shift)[kVectors],
                                      const F32 (&weight)[kVectors]) {
     const int64_t stride = plan.group_rows;
-    const Vectors<T>& values = chunk.values;
+    const ChunkVectors<T>& values = chunk.values;
     const float* directions = rows.directions + row * values.width;
     F32 offset[kVectors];
 #pragma GCC unroll 4
     for (int u = 0; u < kVectors; ++u) offset[u] = load(rows.offsets + row + u * kLanes);
-    for (int64_t i = 0; i < chunk.padded; i += kTile) {
-      F32 tile[kTile][kVectors];
-      const Ahead nothing{reinterpret_cast<const char*>(values.data), 0};
-      score_tile<kVectors>(directions, values.width, values.data + i * values.width, values.width, zeros, nothing,
-                           tile);
-#pragma GCC unroll 16
-      for (int j = 0; j < kTile; ++j)
+    score_items<kVectors>(directions, values.width, values.data, values.width, zeros, chunk.padded, ds, stride, {});
+    // A pass of its own: with the tile's sums at hand, 16 registers do not hold what exp needs.
+    for (int64_t i = 0; i < chunk.count; ++i)
 #pragma GCC unroll 4
-        for (int u = 0; u < kVectors; ++u) {
-          const int64_t at = (i + j) * stride + u * kLanes;
-          const F32 probability = exp_of_difference<false>(load(p + at) - shift[u]);
-          store(p + at, probability);
-          // A pair of no probability has no gradient, whatever its vectors hold.
-          const F32 product = probability * (tile[j][u] - offset[u] + weight[u]);
-          store(ds + at, (F32)((I32)product & ~(I32)(probability == 0.0f)));
-        }
-    }
+      for (int u = 0; u < kVectors; ++u) {
+        const int64_t at = i * stride + u * kLanes;
+        const F32 probability = exp_of_difference<false>(load(p + at) - shift[u]);
+        store(p + at, probability);
+        // A pair of no probability has no gradient, whatever its vectors hold.
+        const F32 product = probability * (load(ds + at) - offset[u] + weight[u]);
+        store(ds + at, (F32)((I32)product & ~(I32)(probability == 0.0f)));
+      }
     constexpr int64_t kStride = kVectors * kLanes;
     for (int64_t s = 0; s < values.num_special; ++s)
       for (int64_t lane = 0; lane < kStride; ++lane) {
@@ -244,7 +239,7 @@ struct Backward {
   // out[r] += Σᵢ ds[i, r]·k_i.
   void add_items(int64_t count, float* out) {
     const int64_t stride = plan.group_rows;
-    const Vectors<T>& keys = chunk.clean_keys();
+    const ChunkVectors<T>& keys = chunk.clean_keys();
     product_part(Product<float>{derivatives, 1, stride, keys.data, out, count, keys.width, chunk.count, true}, 0, 1, 1);
     for (int64_t s = 0; s < keys.num_special; ++s)
       for (int64_t r = 0; r < count; ++r) {

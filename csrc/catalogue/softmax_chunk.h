@@ -68,12 +68,28 @@ class Cursors {
   int64_t first_row_ = 0;
 };
 
+// to[i][lane] = start[i] + the products of item i with kVectors registers of rows, for `count` items (whole tiles),
+// `to_stride` floats from item to item.
+template <int kVectors>
+SEQREC_INLINE void score_items(const float* queries, int64_t width, const float* items, int64_t item_stride,
+                               const float* start, int64_t count, float* to, int64_t to_stride, Ahead ahead) {
+  for (int64_t i = 0; i < count; i += kTile) {
+    F32 tile[kTile][kVectors];
+    score_tile<kVectors>(queries, width, items + i * item_stride, item_stride, start + i, ahead, tile);
+    ahead.address += width / kTurn * ahead.step;
+#pragma GCC unroll 16
+    for (int j = 0; j < kTile; ++j)
+#pragma GCC unroll 4
+      for (int u = 0; u < kVectors; ++u) store(to + (i + j) * to_stride + u * kLanes, tile[j][u]);
+  }
+}
+
 // Vectors of a chunk of items as contiguous fp32, zeros behind the last, for products with probabilities.
 //
 // Products meet probabilities of 0 with vectors that hold NaN or ±∞, which must leave no trace there. Such vectors are
 // cleared for the products, and their pairs added one by one.
 template <class T>
-struct Vectors {
+struct ChunkVectors {
   MatrixView from;
   int64_t width = 0, first = 0, count = 0, padded = 0;
   const float* data = nullptr;  // [padded, width]
@@ -128,17 +144,17 @@ struct Vectors {
 };
 
 template <class T>
-struct Chunk {
+struct SoftmaxChunk {
   const SoftmaxCall& call;
   int64_t first = 0, count = 0, padded = 0;
   const float* keys = nullptr;  // as they are
   int64_t key_stride = 0;
-  Vectors<T> values;
-  Vectors<T> own_keys;           // where the values are others, and the keys go into products too
+  ChunkVectors<T> values;
+  ChunkVectors<T> own_keys;      // where the values are others, and the keys go into products too
   const float* start = nullptr;  // [padded] bias
 
   // With the layout's memory null only the size is counted.
-  Chunk(const SoftmaxCall& call, int64_t chunk_items, bool multiply_keys, Layout& layout)
+  SoftmaxChunk(const SoftmaxCall& call, int64_t chunk_items, bool multiply_keys, Layout& layout)
       : call(call), multiply_keys_(multiply_keys && call.own_values) {
     const int64_t most = up_to(chunk_items, kTile);
     staged_keys_ = layout.take<float>(most * call.width);
@@ -149,7 +165,7 @@ struct Chunk {
   }
 
   // The keys as products take them.
-  const Vectors<T>& clean_keys() const { return call.own_values ? own_keys : values; }
+  const ChunkVectors<T>& clean_keys() const { return call.own_values ? own_keys : values; }
 
   void stage(int64_t first_item, int64_t num_items) {
     first = first_item, count = num_items, padded = up_to(num_items, kTile);
@@ -193,16 +209,7 @@ struct Chunk {
   // scores[i][lane] of kVectors registers of rows, `stride` floats from item to item.
   template <int kVectors>
   SEQREC_METHOD void score(const float* queries, float* scores, int64_t stride, const Ahead& ahead) const {
-    Ahead next = ahead;
-    for (int64_t i = 0; i < padded; i += kTile) {
-      F32 tile[kTile][kVectors];
-      score_tile<kVectors>(queries, call.width, keys + i * key_stride, key_stride, start + i, next, tile);
-      next.address += call.width / kTurn * next.step;
-#pragma GCC unroll 16
-      for (int j = 0; j < kTile; ++j)
-#pragma GCC unroll 4
-        for (int u = 0; u < kVectors; ++u) store(scores + (i + j) * stride + u * kLanes, tile[j][u]);
-    }
+    score_items<kVectors>(queries, call.width, keys, key_stride, start, padded, scores, stride, ahead);
   }
 
   // Items that are excluded for every row.
@@ -226,7 +233,7 @@ struct Chunk {
 
 // One row with many kept pairs: an excluded id is looked up among them.
 template <class T>
-__attribute__((noinline)) void exclude_around(const Chunk<T>& chunk, Cursors& lists, Cursors& kept, int64_t r,
+__attribute__((noinline)) void exclude_around(const SoftmaxChunk<T>& chunk, Cursors& lists, Cursors& kept, int64_t r,
                                               float* scores, int64_t stride) {
   const int64_t last = chunk.first + chunk.count;
   const auto out = [&](int64_t id) {
@@ -242,7 +249,7 @@ __attribute__((noinline)) void exclude_around(const Chunk<T>& chunk, Cursors& li
 // their vectors hold. Rows [begin, begin + rows) of the group whose lists the cursors walk, at `scores` lane 0 ….
 // The cursors of the kept pairs stay where they are.
 template <int kVectors, class T>
-SEQREC_INLINE void exclude(const Chunk<T>& chunk, Cursors& lists, Cursors& kept, int64_t begin, int64_t rows,
+SEQREC_INLINE void exclude(const SoftmaxChunk<T>& chunk, Cursors& lists, Cursors& kept, int64_t begin, int64_t rows,
                            float* scores, int64_t stride) {
   const int64_t end = begin + rows, last = chunk.first + chunk.count;
   constexpr int kSaved = 64;

@@ -54,10 +54,10 @@ void merge_sums(const SoftmaxSums& lower, const SoftmaxSums& upper, int64_t rows
 }
 
 template <class T>
-struct Forward {
+struct SoftmaxForward {
   const SoftmaxCall& call;
   const SoftmaxPlan& plan;
-  Chunk<T> chunk;
+  SoftmaxChunk<T> chunk;
   float* panel;
   float* scores;  // [chunk, kBlock] of one block
   float* stack;   // sums of unfinished leaves
@@ -67,7 +67,7 @@ struct Forward {
   int64_t first_row = 0, num_rows = 0;
   float* kept_score = nullptr;
 
-  Forward(const SoftmaxCall& call, const SoftmaxPlan& plan, bool context, Layout& layout)
+  SoftmaxForward(const SoftmaxCall& call, const SoftmaxPlan& plan, bool context, Layout& layout)
       : call(call), plan(plan), chunk(call, plan.chunk_items, false, layout), context(context) {
     panel = layout.take<float>(plan.group_rows * call.width);
     scores = layout.take<float>(up_to(plan.chunk_items, kTile) * kBlock);
@@ -141,7 +141,7 @@ struct Forward {
     weigh<kVectors>(row, rows, sums);
     if (!context) return;
     float* out = sums.context + row * call.value_width;
-    const Vectors<T>& values = chunk.values;
+    const ChunkVectors<T>& values = chunk.values;
     product_part(Product<float>{scores, 1, kStride, values.data, out, rows, values.width, chunk.count, true}, 0, 1, 1);
     for (int64_t s = 0; s < values.num_special; ++s)
       for (int64_t lane = 0; lane < rows; ++lane) {

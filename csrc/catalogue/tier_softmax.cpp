@@ -26,7 +26,7 @@ SoftmaxPlan plan(const SoftmaxCall& call, int64_t most_rows) {
   plan.leaves = count_leaves(call.num_items, kMostLeaves);
   with_element(call.format, [&](auto element) {
     Layout layout(nullptr);
-    Forward<decltype(element)> unused(call, plan, true, layout);
+    SoftmaxForward<decltype(element)> unused(call, plan, true, layout);
     plan.scratch_bytes = layout.bytes();
   });
   return plan;
@@ -42,7 +42,7 @@ SoftmaxPlan plan_backward(const SoftmaxCall& call, const SoftmaxGradient& gradie
   plan.leaves = count_leaves(call.num_items, 16);
   with_element(call.format, [&](auto element) {
     Layout layout(nullptr);
-    Backward<decltype(element)> unused(call, plan, gradient, layout);
+    SoftmaxBackward<decltype(element)> unused(call, plan, gradient, layout);
     plan.scratch_bytes = layout.bytes();
   });
   return plan;
@@ -52,7 +52,7 @@ void forward(const SoftmaxCall& call, const SoftmaxPlan& plan, int64_t first_row
              int64_t num_leaves, const SoftmaxSums& sums, float* kept_score, void* scratch) {
   with_element(call.format, [&](auto element) {
     Layout layout(scratch);
-    Forward<decltype(element)> task(call, plan, sums.context != nullptr, layout);
+    SoftmaxForward<decltype(element)> task(call, plan, sums.context != nullptr, layout);
     task.first_row = first_row, task.num_rows = num_rows, task.kept_score = kept_score;
     task.run(first_leaf, num_leaves, sums);
   });
@@ -98,7 +98,7 @@ SEQREC_INLINE void with_backward(const SoftmaxCall& call, const SoftmaxPlan& pla
                                  const SoftmaxRows& rows, void* scratch, const Work& work) {
   with_element(call.format, [&](auto element) {
     Layout layout(scratch);
-    Backward<decltype(element)> task(call, plan, gradient, layout);
+    SoftmaxBackward<decltype(element)> task(call, plan, gradient, layout);
     task.rows = rows;
     work(task);
   });

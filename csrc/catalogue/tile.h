@@ -128,7 +128,10 @@ SEQREC_INLINE F32 add_product(F32 sum, F32 a, F32 b) {
 #endif
 }
 
-// body.operator()<0>(), <1>(), …: an array that is only reached by constants lives in registers.
+// body.operator()<0>(), <1>(), …: an array that is only reached by constants lives in registers. The bodies must be
+// inlined whatever the size of the function around them: in a large one g++ calls them (a tile then takes twice as
+// long).
+#define SEQREC_INLINED __attribute__((always_inline))
 template <int kCount, int kFirst = 0, class Body>
 SEQREC_INLINE void unrolled(const Body& body) {
   if constexpr (kFirst < kCount) {
@@ -141,10 +144,10 @@ template <int Vectors>
 SEQREC_INLINE void add_products(const float* queries, const float* items, int64_t stride, int64_t k,
                                 F32 (&sum)[kTile][Vectors]) {
   F32 query[Vectors];
-  unrolled<Vectors>([&]<int u>() { query[u] = load(queries + (k * Vectors + u) * kLanes); });
-  unrolled<kTile>([&]<int i>() {
+  unrolled<Vectors>([&]<int u>() SEQREC_INLINED { query[u] = load(queries + (k * Vectors + u) * kLanes); });
+  unrolled<kTile>([&]<int i>() SEQREC_INLINED {
     const F32 weight = broadcast(items[i * stride + k]);
-    unrolled<Vectors>([&]<int u>() { sum[i][u] = add_product(sum[i][u], query[u], weight); });
+    unrolled<Vectors>([&]<int u>() SEQREC_INLINED { sum[i][u] = add_product(sum[i][u], query[u], weight); });
   });
 }
 
@@ -153,9 +156,9 @@ template <int Vectors>
 SEQREC_INLINE void score_tile(const float* queries, int64_t width, const float* items, int64_t stride,
                               const float* start, const Ahead& ahead, F32 (&score)[kTile][Vectors]) {
   F32 sum[kTile][Vectors];  // apart from `score`, which the caller may reach in other ways
-  unrolled<kTile>([&]<int i>() {
+  unrolled<kTile>([&]<int i>() SEQREC_INLINED {
     const F32 first = broadcast(start[i]);
-    unrolled<Vectors>([&]<int u>() { sum[i][u] = first; });
+    unrolled<Vectors>([&]<int u>() SEQREC_INLINED { sum[i][u] = first; });
   });
   // Several steps a turn: with 16 turns at d = 64 the end of the loop is predicted, which is worth 4 % of a tile's
   // time.
@@ -163,10 +166,11 @@ SEQREC_INLINE void score_tile(const float* queries, int64_t width, const float* 
   const char* next = ahead.address;
   for (; k + kTurn <= width; k += kTurn, next += ahead.step) {
     for (int64_t line = 0; line < ahead.step; line += 64) __builtin_prefetch(next + line, 0, 2);
-    unrolled<kTurn>([&]<int j>() { add_products<Vectors>(queries, items, stride, k + j, sum); });
+    unrolled<kTurn>([&]<int j>() SEQREC_INLINED { add_products<Vectors>(queries, items, stride, k + j, sum); });
   }
   for (; k < width; ++k) add_products<Vectors>(queries, items, stride, k, sum);
-  unrolled<kTile>([&]<int i>() { unrolled<Vectors>([&]<int u>() { score[i][u] = sum[i][u]; }); });
+  unrolled<kTile>([&]<int i>()
+                      SEQREC_INLINED { unrolled<Vectors>([&]<int u>() SEQREC_INLINED { score[i][u] = sum[i][u]; }); });
 }
 
 }  // namespace seqrec_fast::SEQREC_TIER

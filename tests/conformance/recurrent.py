@@ -88,8 +88,14 @@ def shuffled_product(weight: Tensor, vector: Tensor, *, seed: int) -> Tensor:
     return weight[:, order] @ vector[order]
 
 
+def sequential_product(weight: Tensor, vector: Tensor) -> Tensor:
+    """weight·vector, one term after the other: as matrix products of whole batches sum, where ``mv`` sums by lanes."""
+    return (weight * vector).cumsum(1)[:, -1] if len(vector) else weight @ vector
+
+
 PRODUCTS: tuple[Product, ...] = (
     torch.mv,
+    sequential_product,
     backwards_product,
     partial(shuffled_product, seed=1),
     partial(shuffled_product, seed=2),

@@ -29,6 +29,7 @@ class RecommenderOptions(TypedDict, total=False):
     dropout: float
     embedding_dropout: float | None
     label_smoothing: float
+    negatives: int
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ class RecommenderConfig:
         dropout: probability, on the embeddings, between the encoder's layers, and on the association layer's output.
         embedding_dropout: probability on the embeddings; None: ``dropout``.
         label_smoothing: ε of the training loss.
+        negatives: items drawn uniformly for each training batch; its softmax then runs over the target and them, corrected for the
+            draw (Bengio & Senécal 2008). 0: the whole catalogue.
 
     Raises:
         ValueError: a size below 1, a probability outside [0, 1), an unknown name, heads that do not divide the width.
@@ -80,6 +83,7 @@ class RecommenderConfig:
     dropout: float = 0.2
     embedding_dropout: float | None = None
     label_smoothing: float = 0.0
+    negatives: int = 0
 
     def __post_init__(self) -> None:
         for name in ("num_items", "embedding_dim", "hidden_dim", "num_layers", "kernel_size", "num_heads"):
@@ -88,6 +92,8 @@ class RecommenderConfig:
                 continue
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {size!r}")
+        if isinstance(self.negatives, bool) or not isinstance(self.negatives, int) or self.negatives < 0:
+            raise ValueError(f"negatives must be a whole number of at least 0, got {self.negatives!r}")
         for name in ("dropout", "embedding_dropout", "label_smoothing"):
             probability = getattr(self, name)
             if probability is None and name == "embedding_dropout":

@@ -217,6 +217,8 @@ class SequenceRecommender(SavedModule):
     ) -> Tensor:
         """Cross-entropy over the whole catalogue, on every position by default.
 
+        With ``negatives`` in its configuration a model in training mode compares with so many drawn items instead.
+
         Args:
             ids, lengths: as in :meth:`forward`.
             target: int64 [B]: the item after each history (the targets of earlier positions are read off the history);
@@ -252,6 +254,7 @@ class SequenceRecommender(SavedModule):
             # padding costs nothing after this; a traced graph leaves the rows in and the operator ignores them
             rows = (wanted != IGNORE).nonzero()[:, 0]
             states, wanted = states.index_select(0, rows), wanted.index_select(0, rows)
+        negatives, log_q = self._draw() if self.training and self.config.negatives else (None, None)
         return catalogue_cross_entropy(
             self._user_vectors(states),
             self.item_vectors,
@@ -260,7 +263,15 @@ class SequenceRecommender(SavedModule):
             ignore_index=IGNORE,
             label_smoothing=self.config.label_smoothing,
             reduction=reduction,
+            negatives=negatives,
+            negatives_log_q=log_q,
         )
+
+    def _draw(self) -> tuple[Tensor, Tensor]:
+        """Items for every row alike, and the logarithm of how often each is expected among them; [negatives]."""
+        table, count = self.item_vectors, self.config.negatives
+        items = torch.randint(self.num_items, (count,), device=table.device)
+        return items, table.new_full((count,), math.log(count / self.num_items))
 
     @torch.no_grad()
     def recommend(

@@ -233,6 +233,28 @@ class TestServing:
         assert error <= 2 * (theirs - expected).abs().max()
 
 
+class TestSampledLoss:
+    def test_many_negatives_are_the_whole_catalogue(self, batch):
+        full, sampled = build(torch.float64), build(torch.float64, negatives=200_000)
+        ours, theirs = sampled.train().loss(*batch), full.train().loss(*batch)
+        torch.testing.assert_close(ours, theirs, rtol=0.01, atol=0.0)
+        assert not torch.equal(ours, theirs)
+        for name, gradient in gradients(sampled, ours).items():
+            right = gradients(full, full.loss(*batch))[name]
+            torch.testing.assert_close(gradient, right, rtol=0.0, atol=0.03 * float(right.abs().max()), msg=name)
+
+    def test_only_in_training(self, batch):
+        full, sampled = build(), build(negatives=5)
+        assert torch.equal(sampled.eval().loss(*batch), full.eval().loss(*batch))
+        losses = {sampled.train().loss(*batch).item() for _ in range(4)}
+        assert len(losses) == 4
+
+    @pytest.mark.parametrize("count", [-1, 1.5, True])
+    def test_bad_count(self, count):
+        with pytest.raises(ValueError, match="negatives must be a whole number of at least 0, got"):
+            build(negatives=count)
+
+
 @pytest.mark.parametrize("variant", ["default", "two layers, projected, heads", "bilinear, untied", "additive"])
 class TestExplain:
     def test_attended_items_are_those_of_brute_force(self, variant, batch):

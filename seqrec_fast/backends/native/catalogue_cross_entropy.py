@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,6 +46,8 @@ class NativeEngine:
 
 
 ENGINE = NativeEngine()
+_smoothed_forward = partial(reference.forward, engine=ENGINE)
+_smoothed_backward = partial(reference.backward, engine=ENGINE)
 _native = torch.ops.seqrec_fast_native
 
 
@@ -52,7 +55,7 @@ def forward(*args: Any) -> tuple[Tensor, ...]:
     """As :func:`reference.forward`."""
     query, label_smoothing, prior, save_context = args[0], args[11], args[12], args[16]
     if label_smoothing > 0:
-        return reference.forward(*args, engine=ENGINE)
+        return _smoothed_forward(*args)
     reference.check_prior(reference.OPERATOR, prior)
     loss, lse, context = _native.catalogue_cross_entropy_plain.default(*args[:11], save_context)
     return loss, lse, context if save_context else context.reshape(0), query.new_empty(0, dtype=lse.dtype)
@@ -63,7 +66,7 @@ def backward(*args: Any) -> tuple[Tensor, ...]:
     context, query, label_smoothing, mask = args[3], args[5], args[16], args[19]
     kept = context.shape == query.shape or not (mask[0] or mask[2])
     if label_smoothing > 0 or not kept:
-        return reference.backward(*args, engine=ENGINE)
+        return _smoothed_backward(*args)
     found: tuple[Tensor, ...] = _native.catalogue_cross_entropy_plain_backward.default(
         *args[:4], *args[5:16], args[18], mask
     )

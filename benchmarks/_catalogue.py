@@ -123,9 +123,11 @@ def report(operator: str, all_cases: Sequence[CatalogueCase]) -> None:
     parser = argparse.ArgumentParser(description=f"{operator} beside its peers, interleaved in one process")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--only", help="cases whose name contains this")
+    parser.add_argument("--skip", help="but not those whose name contains this")
     parser.add_argument("--out", help="also write the rows to this JSON file")
     options = parser.parse_args()
     cases = [case for case in all_cases if options.only is None or options.only in case.name]
+    cases = [case for case in cases if options.skip is None or options.skip not in case.name]
     rows = measure(operator, cases, options.rounds)
     Console(width=160).print(table(rows))
     if options.out:

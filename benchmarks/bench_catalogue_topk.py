@@ -1,4 +1,4 @@
-"""``catalogue_topk`` beside torch's matmul, mask of seen items, topk.
+"""``catalogue_topk`` beside torch's matmul, mask of seen items, topk, and beside the search libraries that are installed.
 
 ``python -m benchmarks.bench_catalogue_topk`` prints interleaved ratios: both sides at one and at two threads in every round, each
 at its better setting. torch is given every form it is fast in: scores in a buffer that is used again, for all items at once or
@@ -21,6 +21,7 @@ from torch import Tensor
 import seqrec_fast as sf
 
 from ._catalogue import Call, CatalogueCase, report
+from ._peers import searches
 
 WHOLE = 300_000_000  # scores that torch may hold at once: 1.2 GB in fp32
 
@@ -40,7 +41,7 @@ class Case(CatalogueCase):
         scores = torch.empty(self.rows * max(chunks), dtype=self.dtype)
         for chunk in chunks:
             calls[f"torch {chunk}"] = partial(_torch, query, items, self.k, seen, scores, chunk)
-        return calls
+        return calls | searches(query, items, self.k, seen)
 
 
 def _torch(

@@ -28,10 +28,6 @@ std::tuple<Tensor, Tensor> catalogue_attention(const Tensor& query, const Tensor
   return {context, lse};
 }
 
-// A small tensor (by row, not by item) in fp32.
-Tensor wide(const Tensor& tensor) { return torch::stable::contiguous(torch::stable::to(tensor, ScalarType::Float)); }
-const float* floats(const Tensor& tensor) { return static_cast<const float*>(data_of(tensor)); }
-
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> catalogue_attention_backward(
     const Tensor& grad_context, const Tensor& grad_lse, const Tensor& context, const Tensor& lse, const Tensor& query,
     const Tensor& keys, Optional values, int64_t num_heads, double scale, Optional row_scale, Optional bias,

@@ -9,9 +9,6 @@ namespace {
 
 using Optional = std::optional<Tensor>;
 
-Tensor wide(const Tensor& tensor) { return torch::stable::contiguous(torch::stable::to(tensor, ScalarType::Float)); }
-const float* floats(const Tensor& tensor) { return static_cast<const float*>(data_of(tensor)); }
-
 // The targets of every row, and the rows that have any.
 class Targets {
  public:

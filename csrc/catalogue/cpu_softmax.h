@@ -6,6 +6,12 @@
 
 namespace seqrec_fast {
 
+// A tensor in fp32: of rows, or of a number for each item.
+inline Tensor wide(const Tensor& tensor) {
+  return torch::stable::contiguous(torch::stable::to(tensor, ScalarType::Float));
+}
+inline const float* floats(const Tensor& tensor) { return static_cast<const float*>(data_of(tensor)); }
+
 // Lists of ids by row, ascending: made from padded or compressed ones, and checked on the way.
 class SortedHolder {
  public:

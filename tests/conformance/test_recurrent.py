@@ -98,23 +98,36 @@ def check(kind: str, case: suite.Case, dtype: torch.dtype, backend: str, draw: i
     with sf.use_backend(backend):
         values = RUN[kind](call)
         gradients = suite.gradients(call, hide_unwanted(call, RUN[kind]), seeds)
+    # torch's matrix products, of which the reference is made, sum one term after the other on some processors (MKL on Zen 3), and
+    # so err by about ½ε√n of a sum of n terms; eager's products with vectors, the yardstick, sum by lanes everywhere.
+    terms = max(call.w_hh.shape) if backend == "reference" else 0
     # fp64 has no coarser yardstick than itself: its bound is absolute, a few hundred roundings over the longest sums.
     extra = 0.0 if dtype != torch.float64 else 500.0
     for i, name in enumerate(("output", "h_n", "c_n")[: len(truth)]):
         if not (name == "output" and case.last_only):
-            compare(name, values[i], tuple(run[i] for run in eager), truth[i], 2, extra)
+            compare(name, values[i], tuple(run[i] for run in eager), truth[i], 2, extra, terms)
     for name, gradient in gradients.items():
         compare(
-            f"gradient of {name}", gradient, tuple(r[name] for r in eager_gradients), truth_gradients[name], 3, extra
+            f"gradient of {name}",
+            gradient,
+            tuple(r[name] for r in eager_gradients),
+            truth_gradients[name],
+            3,
+            extra,
+            terms,
         )
 
 
-def compare(name: str, actual: Tensor, eager: tuple[Tensor, ...], truth: Tensor, factor: float, extra: float) -> None:
+def compare(
+    name: str, actual: Tensor, eager: tuple[Tensor, ...], truth: Tensor, factor: float, extra: float, terms: int
+) -> None:
     if extra:
         unit = torch.finfo(torch.float64).eps * max(1.0, float(truth.abs().max() if truth.numel() else 0.0))
         assert suite.error(actual, truth) <= extra * unit, name
     else:
-        suite.assert_no_worse_than_eager(name, actual, eager, truth, factor)
+        size = float(truth.abs().max()) if truth.numel() else 0.0
+        sequential = torch.finfo(torch.float32).eps / 2 * terms**0.5 * size
+        suite.assert_no_worse_than_eager(name, actual, eager, truth, factor, sequential)
 
 
 def hide_unwanted(call: suite.Call, run: Function) -> Function:

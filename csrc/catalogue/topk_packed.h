@@ -104,18 +104,24 @@ template <int Rows, class T>
 void scan_packed_dots(Candidates<T>& best, ScanChunk& chunk, PackedScan& s, int64_t ahead) {
   const TopkCall& call = best.call;
   stage_facts<T>(call, chunk, s);
+  for (int64_t fact = 0; fact < 3; ++fact)
+    for (int64_t i = 0; ahead && i < chunk.count; i += 16)
+      __builtin_prefetch(call.packed.facts + fact * call.packed.facts_stride + chunk.first + ahead + i, 0, 2);
   const float relative = static_cast<float>(relative_band(call.width));
+  const int64_t half = s.stride / 2;
   for (int64_t i = 0; i < chunk.count; i += kLanes) {
     I32 parts[Rows][kLanes];
     for (int64_t j = 0; j < kLanes; ++j) {
       const int64_t item = chunk.first + least(i + j, chunk.count - 1);
       const int8_t* codes = call.packed.codes + item * s.stride;
       I32 sum[Rows]{};
-      for (int64_t k = 0; k < s.stride; k += kHalves) {
-        if (k % 64 == 0) __builtin_prefetch(codes + ahead * s.stride + k, 0, 2);
-        const I32 wide = widened(codes + k);
-#pragma GCC unroll 4
-        for (int r = 0; r < Rows; ++r) sum[r] += pair_products(load(s.panel + (r * s.stride + k) / 2), wide);
+      for (int64_t k = 0; k < half; k += 16) {
+        __builtin_prefetch(codes + ahead * s.stride + 2 * k, 0, 2);
+        unrolled<32 / kHalves>([&]<int part>() {
+          const int64_t at = k + part * kLanes;
+          const I32 wide = widened(codes + 2 * at);
+          unrolled<Rows>([&]<int r>() { sum[r] += pair_products(load(s.panel + r * half + at), wide); });
+        });
       }
 #pragma GCC unroll 4
       for (int r = 0; r < Rows; ++r) parts[r][j] = sum[r];

@@ -48,9 +48,14 @@ class PackedItems:
         self._codes[:count] = codes
         self._facts[:, :count] = facts
 
-    def scratch_bytes(self) -> int:
-        """What a search takes for each thread beside a search of the items themselves: a chunk as int16, and its facts."""
-        return (1 << 17) + 64 * self._codes.shape[1]
+    def scratch_bytes(self, rows: int, k: int) -> int:
+        """What a search takes for each thread beside a search of the items themselves.
+
+        A chunk as int16 and its facts; and room for more candidates (csrc/catalogue/topk_select.h): 16 bytes each, 32 MiB for a
+        group of rows unless one row alone takes more.
+        """
+        more = 16 * min(3 * max(k // 2, 48), self._codes.shape[0])
+        return (1 << 17) + 64 * self._codes.shape[1] + more + max(min((rows + 64) * more, 1 << 25), more)
 
 
 def _pack(items: Tensor) -> tuple[Tensor, Tensor]:

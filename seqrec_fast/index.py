@@ -286,7 +286,7 @@ class CatalogueIndex:
                 raise ValueError(f"{NAME}.workspace_bytes: {name} must be at least {least}, got {value}")
         rows = torch.empty((B, self._items.shape[1]), dtype=self.dtype, device="meta")
         items, bias = (None if t is None else t.to("meta") for t in self._tables())
-        packed = 0 if self._packed is None else self._packed.scratch_bytes() * torch.get_num_threads()
+        packed = 0 if self._packed is None else self._packed.scratch_bytes(B, k) * torch.get_num_threads()
         return packed + workspace_bytes("catalogue_topk", rows, items, k, bias=bias)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import copy
 import pickle
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,12 +31,10 @@ def assert_same(index: sf.CatalogueIndex, items: Tensor, bias: Tensor | None = N
     for rows in (1, 6):
         query = torch.randn(rows, items.shape[1]).to(items.dtype)
         exclude = torch.randint(-1, len(items), (rows, 3))
-        got, wanted = (
-            index.topk(query, 7, scale=0.3, exclude=exclude),
-            sf.catalogue_topk(query, items, 7, scale=0.3, bias=bias, exclude=exclude),
-        )
-        assert got.indices.equal(wanted.indices)
-        assert got.values.equal(wanted.values)
+        found = index.topk(query, 7, scale=0.3, exclude=exclude)
+        best = sf.catalogue_topk(query, items, 7, scale=0.3, bias=bias, exclude=exclude)
+        assert found.indices.equal(best.indices)
+        assert found.values.equal(best.values)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -80,21 +79,29 @@ def test_which_calls_use_it(monkeypatch: pytest.MonkeyPatch) -> None:
     items, query = torch.randn(200, 32), torch.randn(3, 32)
     index = sf.CatalogueIndex(items)
     wanted = sf.catalogue_topk(query, items, 4)
-    calls = {
-        "plain": lambda: index.topk(query, 4),
-        "gradient": lambda: index.topk(query.clone().requires_grad_(), 4),
-        "vmap": lambda: torch.vmap(lambda row: tuple(index.topk(row, 4)))(query),
-    }
-    seen = []
-    make = sf._packed.PackedItems.first
-    monkeypatch.setattr(sf._packed.PackedItems, "first", lambda self, count: seen.append(count) or make(self, count))
-    for call in calls.values():
-        values, found = call()
-        assert found.equal(wanted.indices)
-        assert values.detach().equal(wanted.values)
+    used = []
+    kernel = torch.ops.seqrec_fast_native.catalogue_topk_packed.default
+
+    def counted(*args: Any) -> Any:
+        used.append(1)
+        return kernel(*args)
+
+    monkeypatch.setattr(torch.ops.seqrec_fast_native.catalogue_topk_packed, "default", counted)
+    assert index.topk(query, 4).indices.equal(wanted.indices)
+    assert index.topk(query[0], 4).indices.equal(wanted.indices[0])
+    assert len(used) == 2
+    with torch.no_grad():
+        index.topk(query.clone().requires_grad_(), 4)
+    assert len(used) == 3
+
+    values = index.topk(query.clone().requires_grad_(), 4).values
+    assert values.requires_grad
+    assert values.detach().equal(wanted.values)
+    ids = torch.vmap(lambda row: index.topk(row, 4).indices)(query)
+    assert ids.equal(wanted.indices)
     with sf.use_backend("reference"):
         assert index.topk(query, 4).indices.equal(wanted.indices)
-    assert seen == [200] * 4
+    assert len(used) == 3
 
 
 def test_who_has_one() -> None:

@@ -55,8 +55,9 @@ void pack_queries(Candidates<T>& best, PackedScan& s, int64_t plain, bool dots) 
 // The facts of the chunk's items, whole registers of them; takes out those that fp64 must decide.
 template <class T>
 void stage_facts(const TopkCall& call, ScanChunk& chunk, PackedScan& s) {
-  const int64_t padded = chunk.count + kLanes;
-  set_start<T>(call, chunk, round_up(chunk.count, kTile) > padded ? round_up(chunk.count, kTile) : padded);
+  // A whole tile and, for dot products, a whole register.
+  const int64_t padded = most(chunk.count + kLanes, round_up(chunk.count, kTile));
+  set_start<T>(call, chunk, padded);
   chunk.num_special = 0;
   const float* facts = call.packed.facts + chunk.first;
   float* const arrays[] = {s.item_scale, s.error, s.norm};

@@ -149,6 +149,12 @@ def _dispatches(argument: Any) -> bool:
     return kind is not torch.Tensor and getattr(kind, "__torch_dispatch__", _NO_DISPATCH) is not _NO_DISPATCH
 
 
+def plain(*arguments: Any) -> bool:
+    """Whether nothing records, transforms or differentiates a call with these arguments: it may run any kernel at once."""
+    watched = tracing() or transforms_active() or wants_gradient(*arguments)
+    return not watched and not any(map(_dispatches, arguments))
+
+
 def tracing() -> bool:
     """Whether calls are recorded: by Dynamo, or by a dispatch mode (fake tensors, make_fx, a profiler of operators)."""
     return torch.compiler.is_compiling() or bool(torch._C._len_torch_dispatch_stack())

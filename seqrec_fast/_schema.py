@@ -114,6 +114,11 @@ NATIVE_ONLY = {
     # which compiled CPU tier runs
     "highest_cpu_tier": "() -> int",
     "set_cpu_tier": "(int tier) -> ()",
+    # items [I,d]  ->  codes [I, d rounded up to 32] int8, facts [3,I] fp32: scale, norm of the error, norm of the item
+    "catalogue_pack_int8": "(Tensor items) -> (Tensor codes, Tensor facts)",
+    # catalogue_topk whose first pass reads the packed copy of the items
+    "catalogue_topk_packed": f"(Tensor query, Tensor items, Tensor codes, Tensor facts, int k, {_LOGITS})"
+    " -> (Tensor values, Tensor indices)",
     # catalogue_cross_entropy without smoothing
     "catalogue_cross_entropy_plain": f"(Tensor query, Tensor items, {_TARGETS}, {_LOGITS}, int ignore_index,"
     " bool save_context) -> (Tensor loss, Tensor lse, Tensor context)",

@@ -172,23 +172,29 @@ void all_items_in_fp64(const LogitCall& call, ScanChunk& chunk) {
   pad_exact_items(chunk.items, call.width);
 }
 
-// Calls scan(block, tile, ahead) for `blocks` blocks of rows and every tile of the chunk; meanwhile the items from
-// `next` on, which will be the next chunk, are fetched.
-template <class T, class Scan>
-SEQREC_METHOD void walk(const LogitCall& call, const ScanChunk& chunk, int64_t blocks, int64_t next, int64_t next_count,
-                        const Scan& scan) {
-  const int64_t tiles = chunk.tiles(), turns = call.width / kTurn;
-  const bool fetch = call.items.column_stride == 1 && next_count > 0 && turns > 0;
-  const int64_t bytes = next_count * call.items.row_stride * static_cast<int64_t>(sizeof(T));
-  const char* from = reinterpret_cast<const char*>(row_of<T>(call.items, fetch ? next : chunk.first));
-  // Rows far apart in memory are not worth fetching the gaps for.
-  const bool dense = call.items.row_stride < 2 * call.width;
-  const int64_t step = fetch && dense ? bytes / (blocks * tiles * turns) : 0;
+// Calls scan(block, tile, ahead) for `blocks` blocks of rows and `tiles` tiles of `turns` turns each, which between
+// them fetch the `bytes` bytes from `from` on.
+template <class Scan>
+SEQREC_METHOD void walk_tiles(int64_t blocks, int64_t tiles, int64_t turns, const char* from, int64_t bytes,
+                              const Scan& scan) {
+  const int64_t step = turns > 0 ? bytes / (blocks * tiles * turns) : 0;
   for (int64_t block = 0; block < blocks; ++block)
     for (int64_t tile = 0; tile < tiles; ++tile) {
       scan(block, tile, Ahead{from, step});
       from += step * turns;
     }
+}
+
+// The same for the chunk; the items from `next` on, which will be the next chunk, are fetched.
+template <class T, class Scan>
+SEQREC_METHOD void walk(const LogitCall& call, const ScanChunk& chunk, int64_t blocks, int64_t next, int64_t next_count,
+                        const Scan& scan) {
+  // Rows far apart in memory are not worth fetching the gaps for.
+  const bool dense = call.items.row_stride < 2 * call.width;
+  const bool fetch = call.items.column_stride == 1 && next_count > 0 && dense;
+  const int64_t bytes = fetch ? next_count * call.items.row_stride * static_cast<int64_t>(sizeof(T)) : 0;
+  const char* from = reinterpret_cast<const char*>(row_of<T>(call.items, fetch ? next : chunk.first));
+  walk_tiles(blocks, chunk.tiles(), call.width / kTurn, from, bytes, scan);
 }
 
 }  // namespace seqrec_fast::SEQREC_TIER

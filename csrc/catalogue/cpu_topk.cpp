@@ -142,18 +142,17 @@ void find(const TopkCall& call, int64_t k, Tensor& values, Tensor& ids) {
   });
 }
 
-std::tuple<Tensor, Tensor> catalogue_topk(const Tensor& query, const Tensor& items, int64_t k, double scale,
-                                          std::optional<Tensor> row_scale, std::optional<Tensor> bias,
-                                          std::optional<Tensor> exclude, std::optional<Tensor> exclude_crow) {
-  const LogitArguments arguments{"catalogue_topk", query, items, scale, row_scale, bias, exclude, exclude_crow};
-  arguments.check();
-  for (const auto& option : {row_scale, bias})
-    check_value(!option || option->scalar_type() == query.scalar_type(),
-                "catalogue_topk: scale and bias must have the query's dtype");
-  check_value(k >= 1, "catalogue_topk: k must be at least 1, got ", k);
+std::tuple<Tensor, Tensor> run(const LogitArguments& arguments, int64_t k, const PackedItems& packed) {
+  const char* name = arguments.operation;
+  const Tensor& query = arguments.query;
+  for (const auto& option : {arguments.row_scale, arguments.bias})
+    check_value(!option || option->scalar_type() == query.scalar_type(), name,
+                ": scale and bias must have the query's dtype");
+  check_value(k >= 1, name, ": k must be at least 1, got ", k);
   const Logits logits(arguments);
   TopkCall call;
   static_cast<LogitCall&>(call) = logits.call;
+  call.packed = packed;
   call.num_rows = query.size(0);
   call.kept = std::min(k, call.num_items);
   const SeenSets seen(arguments, call.excluded, call.num_rows);
@@ -170,9 +169,73 @@ std::tuple<Tensor, Tensor> catalogue_topk(const Tensor& query, const Tensor& ite
   return {values, ids};
 }
 
+std::tuple<Tensor, Tensor> catalogue_topk(const Tensor& query, const Tensor& items, int64_t k, double scale,
+                                          std::optional<Tensor> row_scale, std::optional<Tensor> bias,
+                                          std::optional<Tensor> exclude, std::optional<Tensor> exclude_crow) {
+  const LogitArguments arguments{"catalogue_topk", query, items, scale, row_scale, bias, exclude, exclude_crow};
+  arguments.check();
+  return run(arguments, k, {});
+}
+
+// ---- from a packed copy ----
+
+constexpr int64_t kMostPackedWidth = int64_t{1} << 14;  // kPackedWidth of packed.h
+
+void check_packable(const char* operation, const Tensor& items) {
+  check_value(items.dim() == 2, operation, ": items must have shape [I, d]");
+  check_value(items.scalar_type() != ScalarType::Double, operation, ": float64 items have no packed form");
+  check_value(items.size(1) <= kMostPackedWidth, operation, ": items may have a width of at most ", kMostPackedWidth);
+}
+
+std::tuple<Tensor, Tensor> catalogue_pack_int8(const Tensor& items) {
+  const LogitArguments arguments{"catalogue_pack_int8", items, items, 1.0, {}, {}, {}, {}};
+  arguments.check();
+  check_packable("catalogue_pack_int8", items);
+  const Logits logits(arguments);
+  const int64_t count = items.size(0), stride = packed_stride(items.size(1));
+  Tensor codes = torch::stable::new_empty(items, {count, stride}, ScalarType::Char);
+  Tensor facts = torch::stable::new_empty(items, {3, count}, ScalarType::Float);
+  if (count == 0) return {codes, facts};
+  const PackedItems to{static_cast<const int8_t*>(codes.mutable_data_ptr()),
+                       static_cast<const float*>(facts.mutable_data_ptr()), count};
+  const TopkKernels& kernel = SEQREC_CHOSEN_TABLE(topk_kernels);
+  const int64_t grain = std::max<int64_t>(1, (int64_t{1} << 16) / (stride + 1));
+  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+    const KeepDenormals keep;
+    kernel.pack(logits.call, begin, end - begin, to);
+  });
+  return {codes, facts};
+}
+
+std::tuple<Tensor, Tensor> catalogue_topk_packed(const Tensor& query, const Tensor& items, const Tensor& codes,
+                                                 const Tensor& facts, int64_t k, double scale,
+                                                 std::optional<Tensor> row_scale, std::optional<Tensor> bias,
+                                                 std::optional<Tensor> exclude, std::optional<Tensor> exclude_crow) {
+  const char* name = "catalogue_topk_packed";
+  const LogitArguments arguments{name, query, items, scale, row_scale, bias, exclude, exclude_crow};
+  arguments.check();
+  check_packable(name, items);
+  const int64_t count = items.size(0), stride = packed_stride(items.size(1));
+  check_value(codes.scalar_type() == ScalarType::Char && facts.scalar_type() == ScalarType::Float, name,
+              ": codes must be int8 and facts float32");
+  check_value(codes.device().type() == items.device().type() && facts.device().type() == items.device().type(), name,
+              ": codes and facts must be on the device of items");
+  check_value(codes.dim() == 2 && codes.size(0) == count && codes.size(1) == stride &&
+                  (stride == 0 || codes.stride(1) == 1) && (count <= 1 || stride == 0 || codes.stride(0) == stride),
+              name, ": codes must have shape [I, d rounded up to 32] and be contiguous");
+  check_value(facts.dim() == 2 && facts.size(0) == 3 && facts.size(1) == count && (count <= 1 || facts.stride(1) == 1),
+              name, ": facts must have shape [3, I], with contiguous rows");
+  // A width of 0 has no codes to scan.
+  if (stride == 0 || count == 0) return run(arguments, k, {});
+  return run(arguments, k,
+             {static_cast<const int8_t*>(data_of(codes)), static_cast<const float*>(data_of(facts)), facts.stride(0)});
+}
+
 }  // namespace
 }  // namespace seqrec_fast
 
 STABLE_TORCH_LIBRARY_IMPL(seqrec_fast_native, CPU, m) {
   m.impl("catalogue_topk", TORCH_BOX(&seqrec_fast::catalogue_topk));
+  m.impl("catalogue_pack_int8", TORCH_BOX(&seqrec_fast::catalogue_pack_int8));
+  m.impl("catalogue_topk_packed", TORCH_BOX(&seqrec_fast::catalogue_topk_packed));
 }

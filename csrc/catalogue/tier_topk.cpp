@@ -17,8 +17,12 @@ void scan(const TopkCall& call, const ScanPlan& plan, int64_t first_row, int64_t
   });
 }
 
+void pack(const LogitCall& call, int64_t first, int64_t count, const PackedItems& to) {
+  with_format(call.format, [&](auto element) { pack_items<decltype(element)>(call, first, count, to); });
+}
+
 }  // namespace
 
-const TopkKernels topk_kernels = {plan, scan};
+const TopkKernels topk_kernels = {plan, scan, pack};
 
 }  // namespace seqrec_fast::SEQREC_TIER

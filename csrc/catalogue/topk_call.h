@@ -12,7 +12,17 @@ struct IdSets {
   const int64_t* begin = nullptr;  // [B + 1]
 };
 
+// A copy of the items in int8, each with its scale, the norm of its error and its own norm (packed.h).
+struct PackedItems {
+  const int8_t* codes = nullptr;  // [I] rows of packed_stride(d) bytes; null: the scan reads the items themselves
+  const float* facts = nullptr;   // [3, I]
+  int64_t facts_stride = 0;
+};
+// Whole registers of any tier, once widened to int16.
+static inline int64_t packed_stride(int64_t width) { return (width + 31) / 32 * 32; }
+
 struct TopkCall : LogitCall {
+  PackedItems packed;
   int64_t num_rows = 0;  // B
   int64_t kept = 0;      // min(k, I), at least 1
   IdSets seen;           // the ids in `excluded`, checked
@@ -38,6 +48,8 @@ struct TopkKernels {
   // `found` points into the scratch.
   void (*scan)(const TopkCall&, const ScanPlan&, int64_t first_row, int64_t num_rows, int64_t first_chunk,
                int64_t num_chunks, const Bar* bars, void* scratch, Found* found);
+  // Writes the codes and facts of some items.
+  void (*pack)(const LogitCall&, int64_t first, int64_t count, const PackedItems& to);
 };
 
 SEQREC_TIER_TABLES(TopkKernels, topk_kernels)

@@ -8,8 +8,8 @@ namespace seqrec_fast::SEQREC_TIER {
 
 constexpr int kDotRows = 4;
 
-template <int kStep>
-SEQREC_INLINE F32 add_halves(F32 a, F32 b) {
+template <int kStep, class Vector>
+SEQREC_INLINE Vector add_halves(Vector a, Vector b) {
   // Lane l takes its sum from a where l has no bit kStep, from b where it has.
   I32 own, other;
 #pragma GCC unroll 16
@@ -21,8 +21,8 @@ SEQREC_INLINE F32 add_halves(F32 a, F32 b) {
 }
 
 // Lane i of the result: the sum of the lanes of v[i].
-template <int kStep = kLanes / 2>
-SEQREC_INLINE F32 sums_of(F32 (&v)[kLanes]) {
+template <int kStep = kLanes / 2, class Vector>
+SEQREC_INLINE Vector sums_of(Vector (&v)[kLanes]) {
 #pragma GCC unroll 16
   for (int i = 0; i < kStep; ++i) v[i] = add_halves<kStep>(v[i], v[i + kStep]);
   if constexpr (kStep > 1)

@@ -5,7 +5,7 @@
 // is equal, are scored in fp64, as the ranking is defined.
 #pragma once
 
-#include "catalogue/topk_dots.h"
+#include "catalogue/topk_packed.h"
 
 namespace seqrec_fast::SEQREC_TIER {
 
@@ -44,6 +44,7 @@ struct TopkTask {
   const TopkCall& call;
   const ScanPlan& plan;
   TopkPanels s{};
+  PackedScan packed{};
   ScanChunk chunk{};
   Candidates<T> best;
 
@@ -60,7 +61,8 @@ struct TopkTask {
     const int64_t group = round_up(plan.group_rows, kBlock), width = call.width;
     s.packed = layout.take<int64_t>(1);
     s.plain = layout.take<int64_t>(1);
-    s.panel = layout.take<float>(most(group * width, kDotRows * dot_stride(width)));
+    s.panel = layout.take<float>(is_packed() ? 0 : most(group * width, kDotRows * dot_stride(width)));
+    packed.take(layout, call, plan);
     chunk.take(layout, plan.chunk_items, width);
     best.take(layout, plan);
     s.exact_rows = layout.take<ExactRows>(kWide);
@@ -71,7 +73,8 @@ struct TopkTask {
     return layout.bytes();
   }
 
-  bool by_dots() const { return *s.plain <= kDotRows && call.items.column_stride == 1; }
+  bool is_packed() const { return call.packed.codes != nullptr; }
+  bool by_dots() const { return *s.plain <= kDotRows && (is_packed() || call.items.column_stride == 1); }
 
   // Step 1: pack the group. Rows that can be scanned come first, the others are decided in fp64.
   void pack(int64_t first_row, int64_t num_rows) {
@@ -86,7 +89,9 @@ struct TopkTask {
     *s.plain = front;
     *s.packed = first_row + 1;
     for (int u = 0; u < kWide; ++u) s.exact_rows[u].first = -1;
-    if constexpr (!kIsDouble<T>) {
+    if (is_packed()) {
+      pack_queries(best, packed, front, by_dots());
+    } else if constexpr (!kIsDouble<T>) {
       // Rows of dot products are packed as one row each.
       const bool dots = by_dots();
       const int64_t stride = dot_stride(call.width);
@@ -120,38 +125,77 @@ struct TopkTask {
   // Step 2: scan, and meanwhile fetch the next chunk.
   void scan(int64_t next, int64_t next_count) {
     if (by_dots()) {
-      const int64_t ahead = next_count ? next - chunk.first : 0, stride = dot_stride(call.width);
-      if (*s.plain == 1)
-        scan_dots<1>(best, chunk, s.panel, stride, ahead);
-      else if (*s.plain == 2)
-        scan_dots<2>(best, chunk, s.panel, stride, ahead);
-      else if (*s.plain == 3)
-        scan_dots<3>(best, chunk, s.panel, stride, ahead);
-      else
-        scan_dots<4>(best, chunk, s.panel, stride, ahead);
+      with_rows(*s.plain, [&]<int rows>() {
+        const int64_t ahead = next_count ? next - chunk.first : 0;
+        if (is_packed())
+          scan_packed_dots<rows>(best, chunk, packed, ahead);
+        else
+          scan_dots<rows>(best, chunk, s.panel, dot_stride(call.width), ahead);
+      });
       return;
     }
-    stage<T>(call, chunk);
     const int64_t blocks = round_up(*s.plain, kBlock) / kBlock;
-    walk<T>(call, chunk, blocks, next, next_count, [&](int64_t block, int64_t tile, const Ahead& ahead) {
-      if (*s.plain - block * kBlock > kLanes)
-        scan_tile<kWide>(block * kBlock, tile, ahead);
-      else
-        scan_tile<1>(block * kBlock, tile, ahead);
-    });
+    if (is_packed()) {
+      stage_packed<T>(call, chunk, packed);
+      const char* from = reinterpret_cast<const char*>(call.packed.codes + next * packed.stride);
+      walk_tiles(blocks, chunk.tiles(), packed.pairs / kTurn, from, next_count * packed.stride,
+                 [&](int64_t block, int64_t tile, const Ahead& ahead) { scan_block<true>(block, tile, ahead); });
+    } else {
+      stage<T>(call, chunk);
+      walk<T>(call, chunk, blocks, next, next_count,
+              [&](int64_t block, int64_t tile, const Ahead& ahead) { scan_block<false>(block, tile, ahead); });
+    }
+  }
+
+  // Calls work.operator()<rows>().
+  template <class Work>
+  SEQREC_METHOD static void with_rows(int64_t rows, const Work& work) {
+    static_assert(kDotRows == 4);
+    if (rows == 1)
+      work.template operator()<1>();
+    else if (rows == 2)
+      work.template operator()<2>();
+    else if (rows == 3)
+      work.template operator()<3>();
+    else
+      work.template operator()<4>();
+  }
+
+  template <bool kPacked>
+  SEQREC_METHOD void scan_block(int64_t block, int64_t tile, const Ahead& ahead) {
+    if (*s.plain - block * kBlock > kLanes)
+      scan_tile<kPacked, kWide>(block * kBlock, tile, ahead);
+    else
+      scan_tile<kPacked, 1>(block * kBlock, tile, ahead);
+  }
+
+  // The band of kLanes rows for an item (or for none worse) of that norm and that error of its codes.
+  template <bool kPacked>
+  SEQREC_METHOD F32 band_of(int64_t slot, float norm, float error, float bias) const {
+    const F32 band = fma(load(best.slope + slot), broadcast(norm), broadcast(bias));
+    if constexpr (kPacked) return fma(load(packed.coarse + slot), broadcast(error), band);
+    return band;
   }
 
   // The largest score of each row tells whether one of the tile can be a candidate.
-  template <int Vectors>
+  template <bool kPacked, int Vectors>
   SEQREC_METHOD void scan_tile(int64_t slot, int64_t tile, const Ahead& ahead) {
     F32 score[kTile][Vectors];
-    score_tile<Vectors>(s.panel + slot * call.width, call.width, chunk.rows + tile * kTile * chunk.stride, chunk.stride,
-                        chunk.start + tile * kTile, ahead, score);
+    if constexpr (kPacked) {
+      const int64_t stride = packed.stride / 2;
+      score_packed_tile<Vectors>(packed.panel + slot * packed.pairs, packed.pairs, packed.wide + tile * kTile * stride,
+                                 stride, packed.item_scale + tile * kTile, packed.scale + slot,
+                                 chunk.start + tile * kTile, ahead, score);
+    } else {
+      score_tile<Vectors>(s.panel + slot * call.width, call.width, chunk.rows + tile * kTile * chunk.stride,
+                          chunk.stride, chunk.start + tile * kTile, ahead, score);
+    }
     const TileBand band = chunk.band[tile];
+    const float coarse = kPacked ? packed.tile_error[tile] : 0.0f;
     I32 reached{};
 #pragma GCC unroll 4
     for (int u = 0; u < Vectors; ++u) {
-      const F32 error = fma(load(best.slope + slot + u * kLanes), broadcast(band.norm), broadcast(band.bias));
+      const F32 error = band_of<kPacked>(slot + u * kLanes, band.norm, coarse, band.bias);
       // max leaves out a NaN in its first operand, the start value of items that are not scanned.
       F32 largest = broadcast(-__builtin_inff());
 #pragma GCC unroll 16
@@ -162,22 +206,26 @@ struct TopkTask {
     float spilled[kTile * kBlock];
     for (int i = 0; i < kTile; ++i)
       for (int u = 0; u < Vectors; ++u) store(spilled + i * kBlock + u * kLanes, score[i][u]);
-    admit(spilled, Vectors, slot, tile);
+    admit<kPacked>(spilled, Vectors, slot, tile);
   }
 
   // Step 3, rarely: a tile with candidates. It is gone through again, with the band of each item's own norm. Where the
   // candidates are many (ties everywhere, say, or the first items of all), the whole tile is scored in fp64.
+  template <bool kPacked>
   __attribute__((noinline, cold)) void admit(const float* score, int vectors, int64_t slot, int64_t tile) {
     const float bias = chunk.band[tile].bias;
-    float norm[kTile];
+    F32 band[kTile][kWide];
     uint32_t bits[kTile * kWide];
     int64_t count = 0;
     for (int i = 0; i < kTile; ++i) {
-      norm[i] = __builtin_sqrtf(chunk.squares[tile * kTile + i]);
+      const int64_t at = tile * kTile + i;
+      const float norm = kPacked ? packed.norm[at] : __builtin_sqrtf(chunk.squares[at]);
+      const float coarse = kPacked ? packed.error[at] : 0.0f;
       for (int u = 0; u < vectors; ++u) {
         const int64_t first = slot + u * kLanes;
-        const F32 error = fma(load(best.slope + first), broadcast(norm[i]), broadcast(bias));
-        bits[i * kWide + u] = mask_bits((I32)(load(score + i * kBlock + u * kLanes) >= load(best.low + first) - error));
+        band[i][u] = band_of<kPacked>(first, norm, coarse, bias);
+        bits[i * kWide + u] =
+            mask_bits((I32)(load(score + i * kBlock + u * kLanes) >= load(best.low + first) - band[i][u]));
         count += __builtin_popcount(bits[i * kWide + u]);
       }
     }
@@ -190,8 +238,7 @@ struct TopkTask {
       for (int u = 0; u < vectors; ++u)
         for (uint32_t left = bits[i * kWide + u]; left; left &= left - 1) {
           const int64_t lane = u * kLanes + __builtin_ctz(left);
-          const double error =
-              static_cast<double>(best.slope[slot + lane]) * static_cast<double>(norm[i]) + static_cast<double>(bias);
+          const double error = static_cast<double>(band[i][u][__builtin_ctz(left)]);
           best.add_approximate(slot + lane, chunk.first + tile * kTile + i, score[i * kBlock + lane], error);
         }
   }

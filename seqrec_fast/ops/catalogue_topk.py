@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import _dispatch
 from .._dispatch import Spec
 from .._logits import LogitSpec, check_int, wide_dtype
-from .._operator import Operator
+from .._operator import Operator, plain
 from ..backends.reference import _topk_derivatives as derivatives
 from ..backends.reference import catalogue_topk as reference
 from ..backends.reference._scan import plain_arithmetic
@@ -61,12 +61,31 @@ def catalogue_topk(
         >>> best.values.tolist(), best.indices.tolist()
         ([3.0, 3.0], [0, 2])
     """
+    return topk_of(query, items, k, scale=scale, bias=bias, exclude=exclude)
+
+
+def topk_of(
+    query: Tensor,
+    items: Tensor,
+    k: int,
+    *,
+    scale: float | Tensor,
+    bias: Tensor | None,
+    exclude: Tensor | None,
+    packed: tuple[Tensor, Tensor] | None = None,
+) -> torch.return_types.topk:
+    """As ``catalogue_topk``. ``packed``: codes and facts of the items, for the calls that can make use of them."""
     _catalogue.check_matrices(NAME, query, items)
     k = check_int(NAME, "k", k)
     if k < 1:
         raise ValueError(f"{NAME}: k must be at least 1, got {k}")
     logits = LogitSpec.build(NAME, query, items, scale=scale, bias=bias, exclude=exclude)
-    values, indices = CATALOGUE_TOPK(_catalogue.rows_of(query), items, k, *logits.args())
+    args = (_catalogue.rows_of(query), items, k, *logits.args())
+    if packed is not None and plain(*args) and _dispatch.choose(_describe(*args)) == "native":
+        codes_and_items = (args[0], items, *packed, *args[2:])
+        values, indices = torch.ops.seqrec_fast_native.catalogue_topk_packed.default(*codes_and_items)
+    else:
+        values, indices = CATALOGUE_TOPK(*args)
     shape = (*query.shape[:-1], k)
     return torch.return_types.topk((values.reshape(shape), indices.reshape(shape)))
 

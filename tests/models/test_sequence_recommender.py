@@ -235,7 +235,7 @@ class TestServing:
 
 class TestSampledLoss:
     def test_many_negatives_are_the_whole_catalogue(self, batch):
-        full, sampled = build(torch.float64), build(torch.float64, negatives=200_000)
+        full, sampled = build(torch.float64), build(torch.float64, negatives=600_000)
         ours, theirs = sampled.train().loss(*batch), full.train().loss(*batch)
         torch.testing.assert_close(ours, theirs, rtol=0.01, atol=0.0)
         assert not torch.equal(ours, theirs)

@@ -85,7 +85,9 @@ def test_backend(kind: str, case: suite.Case, dtype: torch.dtype, backend: str) 
     try:
         check(kind, case, dtype, backend, draw=0)
     except AssertionError:
-        # A recurrence has points where one rounding grows threefold in a step, and whether a summation order meets one is luck.
+        if not case.layer_norm:
+            raise
+        # A normalised recurrence has points where one rounding grows threefold in a step, and whether a summation order meets one is luck.
         # (GRU with layer normalisation, output, 25 draws: native 0.7 times eager's largest error in the geometric mean, and once
         # 3.7 times.) The median of three draws is what counts: two others must do.
         for draw in (1, 2):

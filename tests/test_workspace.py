@@ -182,6 +182,34 @@ def test_native_topk_keeps_within_it(shape: tuple[int, int, int, int], dtype: to
     assert told <= 12 * measured + MIB
 
 
+def _softmax_measured_and_told(operator: str, rows: int, items: int, dtype: torch.dtype) -> tuple[int | None, int]:
+    torch.set_num_threads(2)
+    query, table = torch.randn(rows, 64).to(dtype).requires_grad_(), torch.randn(items, 64).to(dtype).requires_grad_()
+    target = torch.randint(0, items, (rows,))
+    last: tuple[Tensor, ...] = (target,) if operator == "catalogue_cross_entropy" else ()
+
+    def run() -> None:
+        getattr(sf, operator)(query, table, *last).sum().backward()
+
+    getattr(sf, operator)(query[:2], table[:9], *(t[:2] % 9 for t in last)).sum().backward()
+    query.grad = table.grad = None
+    peak = extra_peak_bytes(run)
+    results = query.nbytes + table.nbytes + rows * 64 * 4  # the gradients, and a context
+    return peak and peak - results, sf.workspace_bytes(operator, query, table, *last)
+
+
+@pytest.mark.parametrize("operator", ["catalogue_attention", "catalogue_cross_entropy"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_native_softmax_keeps_within_it(operator: str, dtype: torch.dtype) -> None:
+    if _native.MISSING is not None:
+        pytest.skip(_native.MISSING)
+    measured, told = in_fresh_process(_softmax_measured_and_told, operator, 2000, 20_000, dtype)
+    if measured is None:
+        pytest.skip("the kernel does not tell the peak of a process")
+    assert measured <= told + MIB
+    assert told <= 32 * MIB
+
+
 def test_shapes_are_enough() -> None:
     real = sf.workspace_bytes("catalogue_topk", torch.randn(2, 3, 8), torch.randn(100, 8), k=7)
     assert sf.workspace_bytes("catalogue_topk", meta(6, 8), meta(100, 8), 7) == real

@@ -42,7 +42,8 @@ TIERS: dict[str, list[str]] = {
     "tier_default": [],
     "tier_avx2": ["-mavx2", "-mfma", "-mf16c"],
     "tier_avx512": AVX512,
-    "tier_amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
+    "tier_avx512_bf16": [*AVX512, "-mavx512bf16", "-mavx512vnni"],
+    "tier_amx": [*AVX512, "-mavx512bf16", "-mavx512vnni", "-mamx-tile", "-mamx-bf16"],
 }
 if platform.machine() not in ("x86_64", "AMD64"):
     TIERS = {"tier_default": []}

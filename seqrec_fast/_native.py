@@ -10,7 +10,7 @@ import torch
 
 from . import _schema  # the schemas must exist before the library registers implementations
 
-TIERS = ("default", "avx2", "avx512", "amx")
+TIERS = ("default", "avx2", "avx512", "avx512_bf16", "amx")
 
 
 def _build_info() -> dict[str, Any]:
@@ -31,13 +31,13 @@ def _not_there(package: Path) -> str:
 
 
 def _wanted_tier() -> int:
-    """What torch itself would use here, so that ATEN_CPU_CAPABILITY steers both."""
+    """At most what torch itself would use here, so that ATEN_CPU_CAPABILITY steers both."""
     capability = torch.backends.cpu.get_cpu_capability()
-    tier = {"AVX2": 1, "AVX512": 2}.get(capability, 0)
+    tier = {"AVX2": "avx2", "AVX512": "avx512_bf16"}.get(capability, "default")
     # _init_amx asks the operating system for permission to use the tile registers.
-    if tier == 2 and torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx():
-        tier = 3
-    return tier
+    if capability == "AVX512" and torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx():
+        tier = "amx"
+    return TIERS.index(tier)
 
 
 def _load() -> tuple[str | None, str | None]:

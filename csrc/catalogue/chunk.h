@@ -187,14 +187,14 @@ SEQREC_METHOD void walk_tiles(int64_t blocks, int64_t tiles, int64_t turns, cons
 
 // The same for the chunk; the items from `next` on, which will be the next chunk, are fetched.
 template <class T, class Scan>
-SEQREC_METHOD void walk(const LogitCall& call, const ScanChunk& chunk, int64_t blocks, int64_t next, int64_t next_count,
-                        const Scan& scan) {
+SEQREC_METHOD void walk(const LogitCall& call, const ScanChunk& chunk, int64_t blocks, int64_t turns, int64_t next,
+                        int64_t next_count, const Scan& scan) {
   // Rows far apart in memory are not worth fetching the gaps for.
   const bool dense = call.items.row_stride < 2 * call.width;
   const bool fetch = call.items.column_stride == 1 && next_count > 0 && dense;
   const int64_t bytes = fetch ? next_count * call.items.row_stride * static_cast<int64_t>(sizeof(T)) : 0;
   const char* from = reinterpret_cast<const char*>(row_of<T>(call.items, fetch ? next : chunk.first));
-  walk_tiles(blocks, chunk.tiles(), call.width / kTurn, from, bytes, scan);
+  walk_tiles(blocks, chunk.tiles(), turns, from, bytes, scan);
 }
 
 }  // namespace seqrec_fast::SEQREC_TIER

@@ -38,9 +38,12 @@ void share_tasks(int64_t tasks, int64_t threads, int64_t scratch_bytes, const Wo
 struct TaskCut {
   int64_t groups, chunks, threads, runs;
 
-  TaskCut(const LogitCall& call, const ScanPlan& plan, int64_t num_rows) {
-    groups = (num_rows + plan.group_rows - 1) / plan.group_rows;
-    chunks = std::max<int64_t>((call.num_items + plan.chunk_items - 1) / plan.chunk_items, 1);
+  TaskCut(const LogitCall& call, const ScanPlan& plan, int64_t num_rows)
+      : TaskCut(call, num_rows, (num_rows + plan.group_rows - 1) / plan.group_rows,
+                std::max<int64_t>((call.num_items + plan.chunk_items - 1) / plan.chunk_items, 1)) {}
+
+  TaskCut(const LogitCall& call, int64_t num_rows, int64_t num_groups, int64_t num_chunks)
+      : groups(num_groups), chunks(num_chunks) {
     const int64_t lanes = std::max<int64_t>(num_rows, 16);  // a row alone costs as much as a register of them
     threads = threads_for(static_cast<double>(lanes) * static_cast<double>(call.num_items) *
                           static_cast<double>(call.width + 8));

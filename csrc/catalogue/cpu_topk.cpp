@@ -1,4 +1,5 @@
 // Registration of catalogue_topk on the CPU: exclusion lists as sets, tasks, and the merge of what they find.
+#include <cmath>
 #include <mutex>
 #include <tuple>
 
@@ -84,8 +85,18 @@ class Results {
     });
   }
 
-  // What an item must reach to be among the row's best: the last of them, once there are as many as are kept.
+  // What an item must reach to be among the row's best: the last of them, once there are as many as are kept; before
+  // that, what it was set to.
   const Bar* bars() const { return bars_.data(); }
+  void set_bars(const Bar* bars) { std::copy_n(bars, bars_.size(), bars_.data()); }
+
+  bool is_full(int64_t row) const { return ids_[row * k_ + kept_ - 1] >= 0; }
+  // Forgets what was found for a row.
+  void restart(int64_t row) {
+    std::fill_n(values_ + row * k_, kept_, -std::numeric_limits<Score>::infinity());
+    std::fill_n(ids_ + row * k_, kept_, int64_t{-1});
+    bars_[static_cast<size_t>(row)] = Bar{};
+  }
 
   void merge(int64_t row, const Found& found, std::vector<Place>& fresh, std::vector<Place>& merged) {
     if (!found.count) return;
@@ -118,28 +129,88 @@ class Results {
   std::vector<Bar> bars_;
 };
 
+struct Rows {
+  int64_t first, count;
+};
+
+// Groups of rows against the first `chunks` chunks of the order in which they are visited.
+template <class Score>
+void search(const TopkCall& call, const ScanPlan& plan, const std::vector<Rows>& groups, int64_t chunks,
+            Results<Score>& results) {
+  const TopkKernels& kernel = SEQREC_CHOSEN_TABLE(topk_kernels);
+  const TaskCut cut(call, call.num_rows, static_cast<int64_t>(groups.size()), chunks);
+  std::vector<std::mutex> locks(groups.size());
+  cut.run(plan.scratch_bytes, [&](int64_t group, int64_t first_chunk, int64_t num_chunks, void* scratch) {
+    const Rows rows = groups[static_cast<size_t>(group)];
+    std::mutex& of_group = locks[static_cast<size_t>(group)];
+    std::vector<Found> found(static_cast<size_t>(rows.count));
+    std::vector<Bar> bars;
+    {
+      const std::lock_guard<std::mutex> lock(of_group);
+      bars.assign(results.bars() + rows.first, results.bars() + rows.first + rows.count);
+    }
+    kernel.scan(call, plan, rows.first, rows.count, first_chunk, num_chunks, bars.data(), scratch, found.data());
+    std::vector<Place> fresh, merged;
+    const std::lock_guard<std::mutex> lock(of_group);
+    for (int64_t r = 0; r < rows.count; ++r)
+      results.merge(rows.first + r, found[static_cast<size_t>(r)], fresh, merged);
+  });
+}
+
+std::vector<Rows> groups_of(const TopkCall& call, const ScanPlan& plan) {
+  std::vector<Rows> groups;
+  for (int64_t row = 0; row < call.num_rows; row += plan.group_rows)
+    groups.push_back({row, std::min(plan.group_rows, call.num_rows - row)});
+  return groups;
+}
+
+// A bar to begin with. Without one a row admits, and mostly drops again, about k·ln(I/k) items. With the r-th best score
+// of a sample of the items it admits about r times the sampling rate of them. r is so large that this is fewer than k
+// for one row in 10,000 of items in no particular order; such a row is searched again (see find), so what is found
+// never depends on the guess.
+constexpr int64_t kSampling = 32, kLeastSample = 4;  // one chunk of so many; chunks
+constexpr int64_t kLeastSampledRows = 8;
+
+template <class Score>
+bool guess_bars(const TopkCall& call, int64_t chunks, Results<Score>& results) {
+  const int64_t sample = chunks / kSampling;
+  if (sample < kLeastSample || call.num_rows < kLeastSampledRows) return false;
+  const double expected = static_cast<double>(call.kept) / static_cast<double>(kSampling);
+  const int64_t rank = static_cast<int64_t>(std::ceil(expected + 3.0 * std::sqrt(expected) + 3.0));
+  TopkCall of_sample = call;
+  of_sample.kept = std::min(rank, call.kept);
+  const ScanPlan plan = SEQREC_CHOSEN_TABLE(topk_kernels).plan(of_sample);
+  if (sample * plan.chunk_items < 4 * of_sample.kept) return false;
+  const auto size = static_cast<size_t>(call.num_rows * of_sample.kept);
+  std::vector<Score> values(size);
+  std::vector<int64_t> ids(size);
+  Results<Score> best(call.num_rows, of_sample.kept, of_sample.kept, values.data(), ids.data());
+  search(of_sample, plan, groups_of(of_sample, plan), sample, best);
+  results.set_bars(best.bars());
+  return true;
+}
+
 template <class Score>
 void find(const TopkCall& call, int64_t k, Tensor& values, Tensor& ids) {
   Results<Score> results(call.num_rows, k, call.kept, static_cast<Score*>(values.mutable_data_ptr()),
                          ids.mutable_data_ptr<int64_t>());
   if (call.kept == 0) return;
-  const TopkKernels& kernel = SEQREC_CHOSEN_TABLE(topk_kernels);
-  const ScanPlan plan = kernel.plan(call);
-  const TaskCut cut(call, plan, call.num_rows);
-  std::vector<std::mutex> locks(static_cast<size_t>(cut.groups));
-  cut.run(plan.scratch_bytes, [&](int64_t group, int64_t first_chunk, int64_t num_chunks, void* scratch) {
-    const int64_t first_row = group * plan.group_rows, rows = std::min(plan.group_rows, call.num_rows - first_row);
-    std::vector<Found> found(static_cast<size_t>(rows));
-    std::vector<Bar> bars;
-    {
-      const std::lock_guard<std::mutex> lock(locks[static_cast<size_t>(group)]);
-      bars.assign(results.bars() + first_row, results.bars() + first_row + rows);
-    }
-    kernel.scan(call, plan, first_row, rows, first_chunk, num_chunks, bars.data(), scratch, found.data());
-    std::vector<Place> fresh, merged;
-    const std::lock_guard<std::mutex> lock(locks[static_cast<size_t>(group)]);
-    for (int64_t r = 0; r < rows; ++r) results.merge(first_row + r, found[static_cast<size_t>(r)], fresh, merged);
-  });
+  const ScanPlan plan = SEQREC_CHOSEN_TABLE(topk_kernels).plan(call);
+  const int64_t chunks = std::max<int64_t>((call.num_items + plan.chunk_items - 1) / plan.chunk_items, 1);
+  const bool guessed = guess_bars(call, chunks, results);
+  const std::vector<Rows> groups = groups_of(call, plan);
+  search(call, plan, groups, chunks, results);
+  if (!guessed) return;
+  std::vector<Rows> again;
+  for (int64_t row = 0; row < call.num_rows; ++row)
+    if (!results.is_full(row)) again.push_back({row, 1});
+  if (again.empty()) return;
+  // A group takes about as long as a few of its rows.
+  const bool all = static_cast<int64_t>(again.size()) > std::min<int64_t>(call.num_rows / 4, 16);
+  if (all) again = groups;
+  for (const Rows& rows : again)
+    for (int64_t row = rows.first; row < rows.first + rows.count; ++row) results.restart(row);
+  search(call, plan, again, chunks, results);
 }
 
 std::tuple<Tensor, Tensor> run(const LogitArguments& arguments, int64_t k, const PackedItems& packed) {

@@ -8,7 +8,7 @@
 namespace seqrec_fast::SEQREC_TIER {
 
 // An item w is kept as s·c, with c in int8 and s = max|w|/127; a query q' (scales folded in) meets it as q̃ = t·a, with
-// a in int16. The sum Σ aₖcₖ is exact in int32, and â = fl(fl(fl(Σ)·t)·s + bias). With e >= |w - s·c| and r >= |q' -
+// a in int16 (or int8, below). The sum Σ aₖcₖ is exact in int32, and â = fl(fl(fl(Σ)·t)·s + bias). With e >= |w - s·c| and r >= |q' -
 // q̃|:
 //   q'·w - t·s·Σ aₖcₖ = q̃·(w - s·c) + (q' - q̃)·w,  at most  |q̃|·e + r·|w|
 //   |â - (t·s·Σ aₖcₖ + bias)| <= γ(4)·(t·s·|Σ aₖcₖ| + |bias|) <= γ(4)·(|q̃|·(|w| + e) + |bias|)
@@ -24,8 +24,29 @@ constexpr double kLeastPacked = 0x1p-100;           // what is smaller counts as
 constexpr double kWiden = 1.0 + 0x1p-19;
 constexpr double kMostCode = 127.0;
 
-// Σ |aₖcₖ| stays below 2^31.
+// Codes that a product of the tile takes: pairs of int16, or quads of int8 where the processor has their product. Then
+// r is some 200 times as large, and about as large as e: twice the candidates, for a scan in little more than half the
+// time.
+#if defined(__AVX512VNNI__)
+constexpr int kTileCodes = 4;
+#else
+constexpr int kTileCodes = 2;
+#endif
+
+// Where the products of bytes are, items are also coded on the way: from some rows on, for below them an item takes
+// longer to code than to score.
+constexpr int64_t kLeastCodedRows = kLanes + 1, kLeastCodedWidth = 32;
+
+SEQREC_INLINE bool codes_items(const TopkCall& call) {
+  return kTileCodes == 4 && !call.packed.codes && call.format != Format::kF64 && call.items.column_stride == 1 &&
+         call.num_rows >= kLeastCodedRows && call.width >= kLeastCodedWidth && call.width <= kPackedWidth;
+}
+SEQREC_INLINE bool scans_codes(const TopkCall& call) { return call.packed.codes || codes_items(call); }
+
+// Σ |aₖcₖ| stays below 2^31, and of quads Σ |aₖ(cₖ + 128)|.
+template <int kCodes>
 SEQREC_INLINE double most_query_code(int64_t width) {
+  if constexpr (kCodes == 4) return kMostCode;
   const int64_t most_allowed = ((int64_t{1} << 31) - 1) / (127 * most(width, 1));
   return static_cast<double>(least(32767, most_allowed));
 }
@@ -73,13 +94,15 @@ struct PackedQuery {
   float scale;   // t
   float coarse;  // times an item's error
   float slope;   // times an item's norm
+  int32_t sum;   // Σ aₖ
 };
 
-// Pair k/2 of the codes goes to codes[k/2 · step]. norm: of query_norm.
-template <class T>
+// kCodes codes to an int32; those from k on go to codes[k/kCodes · step]. norm: of query_norm.
+template <int kCodes, class T>
 PackedQuery pack_query(const LogitCall& call, int64_t row, double norm, int32_t* codes, int64_t step) {
+  constexpr int kBits = 32 / kCodes;
   const T* query = row_of<T>(call.query, row);
-  const double factor = call.scale * row_scale_of<T>(call, row), most_code = most_query_code(call.width);
+  const double factor = call.scale * row_scale_of<T>(call, row), most_code = most_query_code<kCodes>(call.width);
   auto element = [&](int64_t k) { return static_cast<double>(value(query[k * call.query.column_stride])) * factor; };
   double largest = 0.0, squares = 0.0, errors = 0.0;
   for (int64_t k = 0; k < call.width; ++k) {
@@ -88,23 +111,26 @@ PackedQuery pack_query(const LogitCall& call, int64_t row, double norm, int32_t*
   }
   const float scale = largest >= kLeastPacked ? static_cast<float>(largest / most_code) : 0.0f;
   const double unit = static_cast<double>(scale);
-  for (int64_t k = 0; k < call.width; k += 2) {
-    uint32_t pair = 0;
-    for (int64_t j = k; j < least(k + 2, call.width); ++j) {
+  int32_t sum = 0;
+  for (int64_t k = 0; k < call.width; k += kCodes) {
+    uint32_t together = 0;
+    for (int64_t j = k; j < least(k + kCodes, call.width); ++j) {
       const double x = element(j), code = scale != 0.0f ? code_of(x, unit, most_code) : 0.0;
       const double error = x - unit * code;
       squares += code * code, errors += error * error;
-      pair |= static_cast<uint32_t>(static_cast<uint16_t>(static_cast<int16_t>(code))) << (16 * (j - k));
+      const int32_t whole = static_cast<int32_t>(code);
+      sum += whole;
+      together |= (static_cast<uint32_t>(whole) & ((1u << kBits) - 1u)) << (kBits * (j - k));
     }
-    codes[k / 2 * step] = static_cast<int32_t>(pair);
+    codes[k / kCodes * step] = static_cast<int32_t>(together);
   }
   const double c = relative_band(call.width), own = unit * __builtin_sqrt(squares), rest = __builtin_sqrt(errors);
   const double slope = c * norm + (1.0 + c) * rest;
   const double underflow = 0x1p-120 * (__builtin_sqrt(static_cast<double>(call.width)) + 1.0);  // as in limits_of
-  return {scale, rounded_up((1.0 + c) * own * kWiden), rounded_up((slope + underflow) * kWiden)};
+  return {scale, rounded_up((1.0 + c) * own * kWiden), rounded_up((slope + underflow) * kWiden), sum};
 }
 
-// ---- products of int16
+// ---- products of codes
 // ------------------------------------------------------------------------------------------------
 
 using I16 = int16_t __attribute__((vector_size(kVectorBytes)));
@@ -148,35 +174,56 @@ SEQREC_INLINE I32 widened(const int8_t* codes) {
 #endif
 }
 
+// The product of bytes takes one factor without a sign: items have 128 added to their codes, by exchanging the top bit.
+constexpr int64_t kByteOffset = kTileCodes == 4 ? 128 : 0;
+
+// sum + the products of kTileCodes codes of an item with those of a row in each lane.
+SEQREC_INLINE I32 add_code_products(I32 sum, I32 item, I32 rows) {
+#if defined(__AVX512VNNI__)
+  return (I32)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)item, (__m512i)rows);
+#else
+  return add_pair_products(sum, item, rows);
+#endif
+}
+
 template <int Vectors>
-SEQREC_INLINE void add_pairs(const int32_t* queries, const int32_t* items, int64_t stride, int64_t pair,
+SEQREC_INLINE void add_codes(const int32_t* queries, const int32_t* items, int64_t stride, int64_t at,
                              I32 (&sum)[kTile][Vectors]) {
   I32 query[Vectors];
-  unrolled<Vectors>([&]<int u>() SEQREC_INLINED { query[u] = load(queries + (pair * Vectors + u) * kLanes); });
+  unrolled<Vectors>([&]<int u>() SEQREC_INLINED { query[u] = load(queries + (at * Vectors + u) * kLanes); });
   unrolled<kTile>([&]<int i>() SEQREC_INLINED {
-    const I32 codes = broadcast(items[i * stride + pair]);
-    unrolled<Vectors>([&]<int u>() SEQREC_INLINED { sum[i][u] = add_pair_products(sum[i][u], codes, query[u]); });
+    const I32 codes = broadcast(items[i * stride + at]);
+    unrolled<Vectors>([&]<int u>() SEQREC_INLINED { sum[i][u] = add_code_products(sum[i][u], codes, query[u]); });
   });
 }
 
-// score[i][u] = start[i] + scale[i] · row_scale[u] · Σ of products of codes. items: pairs at `stride`.
+// The rows of a block as a tile of codes meets them.
+struct PackedRows {
+  const int32_t* codes;    // as a Panel, `products` int32 a row
+  const float* scale;      // t
+  const int32_t* offsets;  // what makes up for the 128 in the items' codes
+};
+
+// score[i][u] = start[i] + scale[i] · rows.scale[u] · Σ of products of codes. items: codes at `stride` int32.
 template <int Vectors>
-SEQREC_INLINE void score_packed_tile(const int32_t* queries, int64_t pairs, const int32_t* items, int64_t stride,
-                                     const float* scale, const float* row_scale, const float* start, const Ahead& ahead,
+SEQREC_INLINE void score_packed_tile(const PackedRows& rows, int64_t products, const int32_t* items, int64_t stride,
+                                     const float* scale, const float* start, const Ahead& ahead,
                                      F32 (&score)[kTile][Vectors]) {
   I32 sum[kTile][Vectors];
-  unrolled<kTile>([&]<int i>()
-                      SEQREC_INLINED { unrolled<Vectors>([&]<int u>() SEQREC_INLINED { sum[i][u] = I32{}; }); });
-  int64_t pair = 0;
+  unrolled<Vectors>([&]<int u>() SEQREC_INLINED {
+    const I32 offset = kByteOffset ? load(rows.offsets + u * kLanes) : I32{};
+    unrolled<kTile>([&]<int i>() SEQREC_INLINED { sum[i][u] = offset; });
+  });
+  int64_t at = 0;
   const char* next = ahead.address;
-  for (; pair + kTurn <= pairs; pair += kTurn, next += ahead.step) {
+  for (; at + kTurn <= products; at += kTurn, next += ahead.step) {
     for (int64_t line = 0; line < ahead.step; line += 64) __builtin_prefetch(next + line, 0, 2);
-    unrolled<kTurn>([&]<int j>() SEQREC_INLINED { add_pairs<Vectors>(queries, items, stride, pair + j, sum); });
+    unrolled<kTurn>([&]<int j>() SEQREC_INLINED { add_codes<Vectors>(rows.codes, items, stride, at + j, sum); });
   }
-  for (; pair < pairs; ++pair) add_pairs<Vectors>(queries, items, stride, pair, sum);
+  for (; at < products; ++at) add_codes<Vectors>(rows.codes, items, stride, at, sum);
   unrolled<kTile>([&]<int i>() SEQREC_INLINED {
     unrolled<Vectors>([&]<int u>() SEQREC_INLINED {
-      const F32 scaled = __builtin_convertvector(sum[i][u], F32) * load(row_scale + u * kLanes);
+      const F32 scaled = __builtin_convertvector(sum[i][u], F32) * load(rows.scale + u * kLanes);
       score[i][u] = fma(scaled, broadcast(scale[i]), broadcast(start[i]));
     });
   });

@@ -8,27 +8,35 @@ namespace seqrec_fast::SEQREC_TIER {
 
 constexpr int kDotRows = 4;
 
-template <int kStep, class Vector>
-SEQREC_INLINE Vector add_halves(Vector a, Vector b) {
-  // Lane l takes its sum from a where l has no bit kStep, from b where it has.
+template <int kStep, class Vector, class Combine>
+SEQREC_INLINE Vector combine_halves(Vector a, Vector b, const Combine& combine) {
+  // Lane l takes what it has from a where l has no bit kStep, from b where it has.
   I32 own, other;
 #pragma GCC unroll 16
   for (int lane = 0; lane < kLanes; ++lane) {
     const int from = lane & kStep ? kLanes : 0;
     own[lane] = from + lane, other[lane] = from + (lane ^ kStep);
   }
-  return __builtin_shuffle(a, b, own) + __builtin_shuffle(a, b, other);
+  return combine(__builtin_shuffle(a, b, own), __builtin_shuffle(a, b, other));
 }
 
-// Lane i of the result: the sum of the lanes of v[i].
-template <int kStep = kLanes / 2, class Vector>
-SEQREC_INLINE Vector sums_of(Vector (&v)[kLanes]) {
+// Lane i of the result: the lanes of v[i], combined.
+template <int kStep = kLanes / 2, class Vector, class Combine>
+SEQREC_INLINE Vector combined(Vector (&v)[kLanes], const Combine& combine) {
 #pragma GCC unroll 16
-  for (int i = 0; i < kStep; ++i) v[i] = add_halves<kStep>(v[i], v[i + kStep]);
+  for (int i = 0; i < kStep; ++i) v[i] = combine_halves<kStep>(v[i], v[i + kStep], combine);
   if constexpr (kStep > 1)
-    return sums_of<kStep / 2>(v);
+    return combined<kStep / 2>(v, combine);
   else
     return v[0];
+}
+template <class Vector>
+SEQREC_INLINE Vector sums_of(Vector (&v)[kLanes]) {
+  return combined(v, [](Vector a, Vector b) SEQREC_INLINED { return a + b; });
+}
+template <class Vector>
+SEQREC_INLINE Vector largest_of(Vector (&v)[kLanes]) {
+  return combined(v, [](Vector a, Vector b) SEQREC_INLINED { return max(a, b); });
 }
 
 // sums[r]: kLanes items (the last of them repeated beyond `count`) against row r; squares: their Σw².

@@ -1,7 +1,7 @@
 // One task of top-k: a group of rows meets a run of chunks.
 //
-// Every pair (row, item) is scored in fp32 FMA and compared with what it must reach to be among the row's k best; the
-// few that may are candidates (topk_select.h). Rows and items outside the preconditions of band.h, and tiles where much
+// Every pair (row, item) is scored in fp32 FMA, or from int8 codes, and compared with what it must reach to be among the
+// row's k best; the few that may are candidates (topk_select.h). Rows and items outside the preconditions of band.h, and tiles where much
 // is equal, are scored in fp64, as the ranking is defined.
 #pragma once
 
@@ -61,8 +61,8 @@ struct TopkTask {
     const int64_t group = round_up(plan.group_rows, kBlock), width = call.width;
     s.packed = layout.take<int64_t>(1);
     s.plain = layout.take<int64_t>(1);
-    s.panel = layout.take<float>(is_packed() ? 0 : most(group * width, kDotRows * dot_stride(width)));
     packed.take(layout, call, plan);
+    s.panel = layout.take<float>(is_packed() ? 0 : most(packed.used ? 0 : group * width, kDotRows * dot_stride(width)));
     chunk.take(layout, plan.chunk_items, width);
     best.take(layout, plan);
     s.exact_rows = layout.take<ExactRows>(kWide);
@@ -89,7 +89,7 @@ struct TopkTask {
     *s.plain = front;
     *s.packed = first_row + 1;
     for (int u = 0; u < kWide; ++u) s.exact_rows[u].first = -1;
-    if (is_packed()) {
+    if (is_packed() || (packed.used && !by_dots())) {
       pack_queries(best, packed, front, by_dots());
     } else if constexpr (!kIsDouble<T>) {
       // Rows of dot products are packed as one row each.
@@ -138,11 +138,15 @@ struct TopkTask {
     if (is_packed()) {
       stage_packed<T>(call, chunk, packed);
       const char* from = reinterpret_cast<const char*>(call.packed.codes + next * packed.stride);
-      walk_tiles(blocks, chunk.tiles(), packed.pairs / kTurn, from, next_count * packed.stride,
+      walk_tiles(blocks, chunk.tiles(), packed.products / kTurn, from, next_count * packed.stride,
                  [&](int64_t block, int64_t tile, const Ahead& ahead) { scan_block<true>(block, tile, ahead); });
+    } else if (packed.used) {
+      stage_coded<T>(call, chunk, packed);
+      walk<T>(call, chunk, blocks, packed.products / kTurn, next, next_count,
+              [&](int64_t block, int64_t tile, const Ahead& ahead) { scan_block<true>(block, tile, ahead); });
     } else {
       stage<T>(call, chunk);
-      walk<T>(call, chunk, blocks, next, next_count,
+      walk<T>(call, chunk, blocks, call.width / kTurn, next, next_count,
               [&](int64_t block, int64_t tile, const Ahead& ahead) { scan_block<false>(block, tile, ahead); });
     }
   }
@@ -182,10 +186,9 @@ struct TopkTask {
   SEQREC_METHOD void scan_tile(int64_t slot, int64_t tile, const Ahead& ahead) {
     F32 score[kTile][Vectors];
     if constexpr (kPacked) {
-      const int64_t stride = packed.stride / 2;
-      score_packed_tile<Vectors>(packed.panel + slot * packed.pairs, packed.pairs, packed.wide + tile * kTile * stride,
-                                 stride, packed.item_scale + tile * kTile, packed.scale + slot,
-                                 chunk.start + tile * kTile, ahead, score);
+      const int64_t stride = packed.stride / kTileCodes;
+      score_packed_tile<Vectors>(packed.rows(slot), packed.products, packed.codes + tile * kTile * stride, stride,
+                                 packed.item_scale + tile * kTile, chunk.start + tile * kTile, ahead, score);
     } else {
       score_tile<Vectors>(s.panel + slot * call.width, call.width, chunk.rows + tile * kTile * chunk.stride,
                           chunk.stride, chunk.start + tile * kTile, ahead, score);

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "catalogue/chunk.h"
-#include "catalogue/topk_call.h"
+#include "catalogue/packed.h"
 
 namespace seqrec_fast::SEQREC_TIER {
 
@@ -64,13 +64,13 @@ SEQREC_INLINE int64_t pad_keys(Key* keys, int64_t count) {
 
 // Between two reductions a row admits half as many items as it keeps: with fewer, reductions take longer than what a
 // higher bar would keep out.
-// Four times as many from a packed copy, whose wider band leaves more of them undecided: with less room they are
+// Four times as many from codes, whose wider band leaves more of them undecided: with less room they are
 // decided in fp64 at nearly every reduction (8 % of the time at d = 256 and 100,000 items, nothing at 64 and a
 // million).
 constexpr int64_t kLeastRoom = 48;
 SEQREC_INLINE int64_t capacity_of(const TopkCall& call) {
   const int64_t room = most(call.kept / 2, kLeastRoom);
-  return least(call.kept + (call.packed.codes ? 4 : 1) * room, call.num_items);
+  return least(call.kept + (scans_codes(call) ? 4 : 1) * room, call.num_items);
 }
 
 constexpr int64_t kAnyId = INT64_MAX;

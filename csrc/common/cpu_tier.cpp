@@ -33,7 +33,9 @@ int64_t highest_cpu_tier() {
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   // AMX also needs a permission, for which torch asks the operating system.
-  if (avx512 && __builtin_cpu_supports("avx512bf16") && has_tiles()) return static_cast<int>(CpuTier::kAmx);
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+  if (bf16 && has_tiles()) return static_cast<int>(CpuTier::kAmx);
+  if (bf16) return static_cast<int>(CpuTier::kAvx512Bf16);
   if (avx512) return static_cast<int>(CpuTier::kAvx512);
   if (avx2) return static_cast<int>(CpuTier::kAvx2);
 #endif

@@ -234,11 +234,15 @@ def _native_topk(call: _Call) -> int:
     An exclusion list becomes a hash table of at most four places for each of its ids, or sixteen.
     """
     kept = max(min(call.k, call.items), 1)
-    candidates = max(min(kept + max(kept // 2, 48), call.items), 1)
+    # Where bytes can be multiplied many rows are scanned from codes, which leave more of the candidates undecided.
+    coded = call.dtype != torch.float64 and call.rows > 16 and 32 <= call.width <= 1 << 14
+    candidates = max(min(kept + (4 if coded else 1) * max(kept // 2, 48), call.items), 1)
     row = candidates * (24 if call.dtype == torch.float64 else 16)
     group = min(_native_group(call), max((1 << 25) // row, 1))
     padded = group + 64
     scratch = padded * (4 * call.width + 96) + group * row + candidates * 16 + 2048 + _native_chunk(call)
+    scratch += (1 << 15) + 64 * call.width if coded else 0  # the codes of a chunk
+    scratch += 16 * call.rows * (kept // 32 + 3 * math.isqrt(kept // 32 + 1) + 4)  # the best of a sample
     tables = call.pairs * 32 + call.rows * 136 if call.pairs else 0
     merge = group * 40 + kept * 64
     return torch.get_num_threads() * (scratch + merge) + call.rows * 56 + tables

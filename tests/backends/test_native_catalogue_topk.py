@@ -45,6 +45,31 @@ def test_nasty_catalogues(name: str, rows: int, tier: int) -> None:
                 check(replace(case, query=case.query[part], row_scale=row_scale, exclude=exclude))
 
 
+@pytest.mark.parametrize("name", CATALOGUES)
+def test_nasty_catalogues_as_codes(name: str, tier: int) -> None:
+    """So many rows, and so wide, that the items are coded on the way where bytes can be multiplied."""
+    for k in (5, 300):
+        for case in nasty(random_case(41, 509, 39, k), name):
+            check(case)
+
+
+@pytest.mark.parametrize("misled", [0, 1, 3, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_rows_whose_bar_was_guessed_too_high(misled: int, dtype: torch.dtype, tier: int) -> None:
+    """The first chunk, which is in every sample, holds many items that some rows score above all others."""
+    case = random_case(40, 8000, 256, 100, dtype)
+    items, query = case.items.clone(), case.query.clone()
+    query[misled:, 0] = -10.0
+    query[:misled, 0] = 10.0
+    items[:30, 0] = 50.0
+    misleading = replace(case, items=items, query=query)
+    scores = query @ items.T
+    assert ((scores[:, :60].topk(12).values.amin(1) > scores[:, 60:].amax(1)).sum() == misled).item()
+    check(misleading)
+    check(options(misleading))
+    check(replace(misleading, exclude=torch.arange(28).expand(40, 28)))
+
+
 def test_near_ties_are_wrong_in_fp32() -> None:
     """That the data above tells a kernel that decides in fp32 from one that does not."""
     case = random_case(41, 509, 21, 20)

@@ -183,7 +183,7 @@ BackwardCut::BackwardCut(const SoftmaxCall& call, const SoftmaxGradient& gradien
       threads(std::min(available, threads_for(products_of(call) * 2))),
       runs(gradient.query ? runs_for(plan.leaves, 1, threads) : 1),
       padded_rows((call.num_rows + 63) / 64 * 64),
-      row_bytes(2 * (call.width + (gradient.direction.data ? call.value_width : 0)) * 4 + 5),
+      row_bytes(2 * (call.width + (gradient.direction.data ? call.value_width : 0)) * 4 + 9),
       sum_bytes(call.num_rows * call.width * 4) {}
 
 int64_t BackwardCut::bytes() const {
@@ -204,7 +204,7 @@ void softmax_backward(const SoftmaxCall& call, const SoftmaxGradient& given, flo
   prepared.queries = take(call.width), prepared.query_rows = take(call.width);
   if (gradient.direction.data)
     prepared.directions = take(call.value_width), prepared.direction_rows = take(call.value_width);
-  prepared.offsets = take(1);
+  prepared.factors = take(1), prepared.offsets = take(1);
   prepared.special = reinterpret_cast<uint8_t*>(next);
   share_tasks((rows + 63) / 64, cut.threads, 0, [&](int64_t task, void*) {
     kernel.prepare(call, gradient, task * 64, std::min<int64_t>(64, rows - task * 64), prepared);

@@ -164,10 +164,10 @@ std::vector<Rows> groups_of(const TopkCall& call, const ScanPlan& plan) {
   return groups;
 }
 
-// A bar to begin with. Without one a row admits, and mostly drops again, about k·ln(I/k) items. With the r-th best score
-// of a sample of the items it admits about r times the sampling rate of them. r is so large that this is fewer than k
-// for one row in 10,000 of items in no particular order; such a row is searched again (see find), so what is found
-// never depends on the guess.
+// A bar to begin with. Without one a row admits, and mostly drops again, about k·ln(I/k) items. With the r-th best
+// score of a sample of the items it admits about r times the sampling rate of them. r is so large that this is fewer
+// than k for one row in 10,000 of items in no particular order; such a row is searched again (see find), so what is
+// found never depends on the guess.
 constexpr int64_t kSampling = 32, kLeastSample = 4;  // one chunk of so many; chunks
 constexpr int64_t kLeastSampledRows = 8;
 

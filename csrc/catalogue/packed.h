@@ -8,8 +8,8 @@
 namespace seqrec_fast::SEQREC_TIER {
 
 // An item w is kept as s·c, with c in int8 and s = max|w|/127; a query q' (scales folded in) meets it as q̃ = t·a, with
-// a in int16 (or int8, below). The sum Σ aₖcₖ is exact in int32, and â = fl(fl(fl(Σ)·t)·s + bias). With e >= |w - s·c| and r >= |q' -
-// q̃|:
+// a in int16 (or int8, below). The sum Σ aₖcₖ is exact in int32, and â = fl(fl(fl(Σ)·t)·s + bias). With e >= |w - s·c|
+// and r >= |q' - q̃|:
 //   q'·w - t·s·Σ aₖcₖ = q̃·(w - s·c) + (q' - q̃)·w,  at most  |q̃|·e + r·|w|
 //   |â - (t·s·Σ aₖcₖ + bias)| <= γ(4)·(t·s·|Σ aₖcₖ| + |bias|) <= γ(4)·(|q̃|·(|w| + e) + |bias|)
 //                                four roundings at most: conversion, two products, the sum

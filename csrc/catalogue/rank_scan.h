@@ -104,12 +104,13 @@ struct Task {
   // Step 2: scan, and meanwhile fetch the next chunk.
   void scan(int64_t next_item, int64_t next_count) {
     const int64_t blocks = round_up(*s.plain, kBlock) / kBlock;
-    walk<T>(call, s.chunk, blocks, call.width / kTurn, next_item, next_count, [&](int64_t block, int64_t tile, const Ahead& ahead) {
-      if (*s.plain - block * kBlock > kLanes)
-        scan_tile<kWide>(block * kBlock, tile, ahead);
-      else
-        scan_tile<1>(block * kBlock, tile, ahead);
-    });
+    walk<T>(call, s.chunk, blocks, call.width / kTurn, next_item, next_count,
+            [&](int64_t block, int64_t tile, const Ahead& ahead) {
+              if (*s.plain - block * kBlock > kLanes)
+                scan_tile<kWide>(block * kBlock, tile, ahead);
+              else
+                scan_tile<1>(block * kBlock, tile, ahead);
+            });
   }
 
   template <int Vectors>

@@ -11,6 +11,13 @@
 
 namespace seqrec_fast::SEQREC_TIER {
 
+// The query as it is scored.
+template <class T>
+SEQREC_INLINE float query_at(const SoftmaxCall& call, int64_t row, int64_t k) {
+  const double x = static_cast<double>(value(row_of<T>(call.query, row)[k * call.query.column_stride]));
+  return static_cast<float>(x * factor_of(call, row));
+}
+
 template <class T>
 struct SoftmaxBackward {
   const SoftmaxCall& call;
@@ -19,7 +26,9 @@ struct SoftmaxBackward {
   SoftmaxChunk<T> chunk;
   float* weights;      // [chunk, group] p
   float* derivatives;  // [chunk, group] ds
+  Number<T>* numbers;  // [chunk, group] either of them as numbers that a product takes
   float* zeros;        // [chunk] start values of g·v
+  float* ones;         // [kBlock] its factors
   float* item_sums;    // [chunk, d]
   float* value_sums;   // [chunk, d_v]
   float* stack;        // sums over items of unfinished leaves, [B, d] each
@@ -36,7 +45,9 @@ struct SoftmaxBackward {
     const int64_t most = up_to(plan.chunk_items, kTile);
     weights = layout.take<float>(most * plan.group_rows);
     derivatives = directed() ? layout.take<float>(most * plan.group_rows) : weights;
+    numbers = layout.take<Number<T>>(kPaired<T> ? pairs_in(most) * plan.group_rows : 0);
     zeros = layout.take<float>(most);
+    ones = layout.take<float>(kBlock);
     item_sums = layout.take<float>(most * call.width);
     value_sums = layout.take<float>(most * call.value_width);
     stack = gradient.query ? layout.take<float>(levels_of(plan.leaves) * call.num_rows * call.width) : nullptr;
@@ -71,6 +82,7 @@ struct SoftmaxBackward {
     lists.seek(0, call.num_rows, begin * plan.chunk_items);
     kept.seek(0, call.num_rows, begin * plan.chunk_items);
     for (int64_t i = 0; i < up_to(plan.chunk_items, kTile); ++i) zeros[i] = 0.0f;
+    for (int64_t lane = 0; lane < kBlock; ++lane) ones[lane] = 1.0f;
     for (int64_t c = begin; c < end; ++c) {
       const int64_t first = c * plan.chunk_items;
       chunk.stage(first, least(plan.chunk_items, call.num_items - first));
@@ -126,8 +138,12 @@ struct SoftmaxBackward {
     const int64_t stride = plan.group_rows;
     float *p = weights + column, *ds = derivatives + column;
     const Ahead nothing{reinterpret_cast<const char*>(chunk.keys), 0};
-    chunk.template score<kVectors>(rows.queries + row * call.width, p, stride, nothing);
-    if (row == 0) chunk.template look_at<kVectors>(p, stride);
+    const Number<T>* queries = static_cast<const Number<T>*>(rows.queries) + row * numbers_in<T>(call.width);
+    chunk.template score<kVectors>(queries, rows.factors + row, p, stride, nothing);
+    if (row == 0) {
+      chunk.template look_at<kVectors>(p, stride);
+      if (gradient.query) chunk.keys_to_multiply().interleave();
+    }
     exclude<kVectors>(chunk, lists, kept, row, lanes, p, stride);
     F32 shift[kVectors], weight[kVectors];
 #pragma GCC unroll 4
@@ -137,7 +153,7 @@ struct SoftmaxBackward {
       weight[u] = load_first(gradient.weight + row + (left ? u * kLanes : 0), left);
     }
     if (directed())
-      derive_directed<kVectors>(row, p, ds, shift, weight);
+      derive_directed<kVectors>(row, lanes, p, ds, shift, weight);
     else
       weigh<kVectors>(p, shift, weight, masses + column);
     kept.pass(row, row + lanes, chunk.first + chunk.count, true, [&](int64_t r, int64_t item, int64_t place) {
@@ -174,15 +190,16 @@ struct SoftmaxBackward {
   }
 
   template <int kVectors>
-  SEQREC_METHOD void derive_directed(int64_t row, float* p, float* ds, const F32 (&shift)[kVectors],
+  SEQREC_METHOD void derive_directed(int64_t row, int64_t lanes, float* p, float* ds, const F32 (&shift)[kVectors],
                                      const F32 (&weight)[kVectors]) {
     const int64_t stride = plan.group_rows;
     const ChunkVectors<T>& values = chunk.values;
-    const float* directions = rows.directions + row * values.width;
+    const int64_t width = numbers_in<T>(values.width);
+    const Number<T>* directions = static_cast<const Number<T>*>(rows.directions) + row * width;
     F32 offset[kVectors];
 #pragma GCC unroll 4
     for (int u = 0; u < kVectors; ++u) offset[u] = load(rows.offsets + row + u * kLanes);
-    score_items<kVectors>(directions, values.width, values.data, values.width, zeros, chunk.padded, ds, stride, {});
+    score_items<kVectors>(directions, width, values.rows, values.row_stride, zeros, ones, chunk.padded, ds, stride, {});
     // A pass of its own: with the tile's sums at hand, 16 registers do not hold what exp needs.
     for (int64_t i = 0; i < chunk.count; ++i)
 #pragma GCC unroll 4
@@ -194,44 +211,52 @@ struct SoftmaxBackward {
         const F32 product = probability * (load(ds + at) - offset[u] + weight[u]);
         store(ds + at, (F32)((I32)product & ~(I32)(probability == 0.0f)));
       }
-    constexpr int64_t kStride = kVectors * kLanes;
     for (int64_t s = 0; s < values.num_special; ++s)
-      for (int64_t lane = 0; lane < kStride; ++lane) {
+      for (int64_t lane = 0; lane < lanes; ++lane) {
         const int64_t at = values.special[s] * stride + lane;
         if (p[at] == 0.0f) continue;
+        const float* direction = row_of<float>(gradient.direction, row + lane);
         float product = 0.0f;
-        for (int64_t k = 0; k < values.width; ++k)
-          product += directions[k * kStride + lane] * values.special_value(s, k);
+        for (int64_t k = 0; k < values.width; ++k) product += direction[k] * values.special_value(s, k);
         ds[at] = p[at] * (product - rows.offsets[row + lane] + weight[lane / kLanes][lane % kLanes]);
       }
   }
 
-  // One product of the chunk's pairs with vectors of rows, out[i] += Σ_r pair[i, r]·vector[r].
-  void add_rows(const float* pairs, int64_t row, int64_t count, const float* vectors, const float* panel, int64_t width,
-                float* out, bool accumulate) {
+  // One product of the chunk's pairs with vectors of rows, out[i] += Σ_r pair[i, r]·vector[r]. by_row: these vectors,
+  // without those that vector_at(row, k) is needed for. factors: of vectors that are not scaled, see by_lanes.
+  template <class VectorAt>
+  SEQREC_METHOD void add_rows(const float* pairs, const float* factors, int64_t row, int64_t count, const void* by_row,
+                              int64_t width, float* out, bool accumulate, const VectorAt& vector_at) {
     const int64_t stride = plan.group_rows;
-    product_part(Product<float>{pairs, stride, 1, vectors + row * width, out, chunk.count, width, count, accumulate}, 0,
-                 1, 1);
+    const Number<T>* a = by_lanes<T>(pairs, stride, chunk.count, count, factors, numbers);
+    const Number<T>* vectors = static_cast<const Number<T>*>(by_row) + numbers_in<T>(row) * width;
+    product_part(Product<Number<T>, float>{a, numbers_in<T>(stride), 1, vectors, out, chunk.count, width,
+                                           numbers_in<T>(count), accumulate},
+                 0, 1, 1);
     for (int64_t r = 0; r < count; ++r) {
       if (!rows.special[row + r]) continue;
-      const int64_t block = (row + r) / kBlock * kBlock, lanes = call.num_rows - block <= kLanes ? kLanes : kBlock;
-      const float* vector = panel + block * width + (row + r - block);
       for (int64_t i = 0; i < chunk.count; ++i)
         if (pairs[i * stride + r] != 0.0f)
-          for (int64_t k = 0; k < width; ++k) out[i * width + k] += pairs[i * stride + r] * vector[k * lanes];
+          for (int64_t k = 0; k < width; ++k) out[i * width + k] += pairs[i * stride + r] * vector_at(row + r, k);
     }
+  }
+  void add_queries(int64_t row, int64_t count, float* out, bool accumulate) {
+    add_rows(derivatives, rows.factors + row, row, count, rows.query_rows, call.width, out, accumulate,
+             [&](int64_t r, int64_t k) { return query_at<T>(call, r, k); });
+  }
+  void add_directions(int64_t row, int64_t count, float* out, bool accumulate) {
+    add_rows(weights, nullptr, row, count, rows.direction_rows, call.value_width, out, accumulate,
+             [&](int64_t r, int64_t k) { return row_of<float>(gradient.direction, r)[k]; });
   }
 
   // The products of a group of rows, whose pairs are in the buffers.
   void add_group(int64_t row, int64_t count, float* of_items, float* of_values, float* query_sums) {
     const bool more = begun;
     if (of_items) {
-      add_rows(derivatives, row, count, rows.query_rows, rows.queries, call.width, of_items, more);
-      if (directed() && !call.own_values)
-        add_rows(weights, row, count, rows.direction_rows, rows.directions, call.width, of_items, true);
+      add_queries(row, count, of_items, more);
+      if (directed() && !call.own_values) add_directions(row, count, of_items, true);
     }
-    if (of_values)
-      add_rows(weights, row, count, rows.direction_rows, rows.directions, call.value_width, of_values, more);
+    if (of_values) add_directions(row, count, of_values, more);
     if (query_sums) add_items(count, query_sums + row * call.width);
     if (gradient.bias) add_bias(count);
   }
@@ -239,8 +264,12 @@ struct SoftmaxBackward {
   // out[r] += Σᵢ ds[i, r]·k_i.
   void add_items(int64_t count, float* out) {
     const int64_t stride = plan.group_rows;
-    const ChunkVectors<T>& keys = chunk.clean_keys();
-    product_part(Product<float>{derivatives, 1, stride, keys.data, out, count, keys.width, chunk.count, true}, 0, 1, 1);
+    const ChunkVectors<T>& keys = chunk.keys_to_multiply();
+    const int64_t lanes = up_to(count, kLanes);
+    const Number<T>* a = by_items<T>(derivatives, stride, chunk.count, lanes, numbers);
+    product_part(Product<Number<T>, float>{a, 1, kPaired<T> ? lanes : stride, keys.data, out, count, keys.width,
+                                           numbers_in<T>(chunk.count), true},
+                 0, 1, 1);
     for (int64_t s = 0; s < keys.num_special; ++s)
       for (int64_t r = 0; r < count; ++r) {
         const float ds = derivatives[keys.special[s] * stride + r];
@@ -261,45 +290,77 @@ struct SoftmaxBackward {
   }
 };
 
-// Rows [begin, end), begin a multiple of kBlock: scaled queries and directions, as panels and by row.
+// g·c, summed as a tile of scores sums g·v: where one item has all the probability, nothing of their difference is
+// left.
+template <class T>
+SEQREC_INLINE float product_as_scored(const float* g, const float* c, int64_t width) {
+  F32 sum{};
+  if constexpr (kPaired<T>) {
+#if defined(SEQREC_PAIRS)
+    const auto pair_at = [&](const float* x, int64_t k) {
+      return BF16Pair{bf16_bits(x[k]) | (k + 1 < width ? uint32_t{bf16_bits(x[k + 1])} << 16 : 0u)};
+    };
+    for (int64_t k = 0; k < width; k += 2)
+      sum = multiply_add<BF16Pair>(broadcast(pair_at(c, k)), broadcast(pair_at(g, k)), sum);
+#endif
+  } else {
+    for (int64_t k = 0; k < width; ++k) sum = fma(broadcast(g[k]), broadcast(c[k]), sum);
+  }
+  return sum[0];
+}
+
+// to[r, k] of what a product sums over rows: [B, width], or in pairs of rows.
+template <class T>
+SEQREC_INLINE void put_by_row(void* to, int64_t width, int64_t row, int64_t k, float x) {
+  if constexpr (kPaired<T>) {
+#if defined(SEQREC_PAIRS)
+    uint16_t* pair = static_cast<uint16_t*>(to) + (row / 2 * width + k) * 2;
+    pair[row % 2] = bf16_bits(x);
+    if (row % 2 == 0) pair[1] = 0;  // until the next row comes
+#endif
+  } else {
+    static_cast<float*>(to)[row * width + k] = x;
+  }
+}
+
+// Rows [begin, end), begin a multiple of kBlock: queries and directions, as panels and by row.
 template <class T>
 void prepare_rows(const SoftmaxCall& call, const SoftmaxGradient& gradient, int64_t begin, int64_t end,
                   const SoftmaxRows& rows) {
-  const auto put = [&]<class Element>(Element, const MatrixView& from, int64_t width, bool scaled, float* panel,
-                                      float* by_row) {
-    const Panel to{panel, width, call.num_rows};
-    for (int64_t k = begin * width; k < up_to(end, end == call.num_rows ? kLanes : kBlock) * width; ++k)
-      panel[k] = 0.0f;
+  const int64_t padded = up_to(end, end == call.num_rows ? kLanes : kBlock);
+  for (int64_t r = begin; r < padded; ++r) rows.factors[r] = r < end ? static_cast<float>(factor_of(call, r)) : 0.0f;
+  const auto put = [&]<class Element>(Element, const MatrixView& from, int64_t width, bool scaled, void* to,
+                                      void* by_row) {
+    Number<T>* panel = static_cast<Number<T>*>(to);
+    const int64_t numbers = numbers_in<T>(width);
+    for (int64_t k = begin * numbers; k < padded * numbers; ++k) panel[k] = Number<T>{};
     for (int64_t r = begin; r < end; ++r) {
       const Element* source = row_of<Element>(from, r);
       const double factor = scaled ? factor_of(call, r) : 1.0;
-      pack_row(to, r, source, from.column_stride, factor);
-      float sum = 0.0f;
-      for (int64_t k = 0; k < width; ++k) {
-        const float x = static_cast<float>(static_cast<double>(value(source[k * from.column_stride])) * factor);
-        by_row[r * width + k] = x;
-        sum += x * 0.0f;
-      }
+      pack_numbers<T>(panel, width, call.num_rows, r, source, from.column_stride, factor);
+      const auto x = [&](int64_t k) {
+        const float number = value(source[k * from.column_stride]);
+        return kPaired<T> ? number : static_cast<float>(static_cast<double>(number) * factor);
+      };
+      float sum = kPaired<T> ? static_cast<float>(factor) * 0.0f : 0.0f;
+      for (int64_t k = 0; k < width; ++k) sum += x(k) * 0.0f;
       if (sum != 0.0f) rows.special[r] = 1;
+      for (int64_t k = 0; k < width; ++k) put_by_row<T>(by_row, width, r, k, x(k));
     }
   };
   for (int64_t r = begin; r < end; ++r) rows.special[r] = 0;
   put(T{}, call.query, call.width, true, rows.queries, rows.query_rows);
   if (gradient.direction.data) {
     put(float{}, gradient.direction, call.value_width, false, rows.directions, rows.direction_rows);
-    for (int64_t r = begin; r < end; ++r) {
-      // Summed as score_tile sums g·v: where one item has all the probability, nothing of the difference is left.
-      const float *g = row_of<float>(gradient.direction, r), *c = row_of<float>(gradient.context, r);
-      F32 sum{};
-      for (int64_t k = 0; k < call.value_width; ++k) sum = fma(broadcast(g[k]), broadcast(c[k]), sum);
-      rows.offsets[r] = sum[0];
-    }
+    for (int64_t r = begin; r < end; ++r)
+      rows.offsets[r] = product_as_scored<T>(row_of<float>(gradient.direction, r), row_of<float>(gradient.context, r),
+                                             call.value_width);
   }
   for (int64_t r = begin; r < end; ++r) {
     if (!rows.special[r]) continue;
-    for (int64_t k = 0; k < call.width; ++k) rows.query_rows[r * call.width + k] = 0.0f;
+    for (int64_t k = 0; k < call.width; ++k) put_by_row<T>(rows.query_rows, call.width, r, k, 0.0f);
     if (gradient.direction.data)
-      for (int64_t k = 0; k < call.value_width; ++k) rows.direction_rows[r * call.value_width + k] = 0.0f;
+      for (int64_t k = 0; k < call.value_width; ++k) put_by_row<T>(rows.direction_rows, call.value_width, r, k, 0.0f);
   }
 }
 

@@ -72,12 +72,14 @@ struct SoftmaxGradient {
   float* skipped = nullptr;
 };
 
-// The rows of a backward, made ready once for all threads.
+// The rows of a backward, made ready once for all threads: as numbers or pairs of them (softmax_numbers.h), which take
+// no more memory than fp32.
 struct SoftmaxRows {
-  float* queries = nullptr;     // scaled, as a Panel
-  float* query_rows = nullptr;  // [B, d] the same by row, 0 where special
-  float* directions = nullptr;  // as a Panel, or null
-  float* direction_rows = nullptr;
+  void* queries = nullptr;     // scaled, as a Panel; pairs are not scaled
+  void* query_rows = nullptr;  // [B, d] the same by row, to be summed over rows; 0 where special
+  void* directions = nullptr;  // as a Panel, or null
+  void* direction_rows = nullptr;
+  float* factors = nullptr;    // [B] of the queries
   float* offsets = nullptr;    // [B] g·c
   uint8_t* special = nullptr;  // [B] rows that hold NaN or ±∞
 };

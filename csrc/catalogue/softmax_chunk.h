@@ -4,6 +4,7 @@
 
 #include "catalogue/exact.h"
 #include "catalogue/softmax_call.h"
+#include "catalogue/softmax_numbers.h"
 #include "common/scratch.h"
 #include "common/vector_math.h"
 
@@ -68,23 +69,7 @@ class Cursors {
   int64_t first_row_ = 0;
 };
 
-// to[i][lane] = start[i] + the products of item i with kVectors registers of rows, for `count` items (whole tiles),
-// `to_stride` floats from item to item.
-template <int kVectors>
-SEQREC_INLINE void score_items(const float* queries, int64_t width, const float* items, int64_t item_stride,
-                               const float* start, int64_t count, float* to, int64_t to_stride, Ahead ahead) {
-  for (int64_t i = 0; i < count; i += kTile) {
-    F32 tile[kTile][kVectors];
-    score_tile<kVectors>(queries, width, items + i * item_stride, item_stride, start + i, ahead, tile);
-    ahead.address += width / kTurn * ahead.step;
-#pragma GCC unroll 16
-    for (int j = 0; j < kTile; ++j)
-#pragma GCC unroll 4
-      for (int u = 0; u < kVectors; ++u) store(to + (i + j) * to_stride + u * kLanes, tile[j][u]);
-  }
-}
-
-// Vectors of a chunk of items as contiguous fp32, zeros behind the last, for products with probabilities.
+// Vectors of a chunk of items, zeros behind the last, for products with probabilities.
 //
 // Products meet probabilities of 0 with vectors that hold NaN or ±∞, which must leave no trace there. Such vectors are
 // cleared for the products, and their pairs added one by one.
@@ -92,47 +77,72 @@ template <class T>
 struct ChunkVectors {
   MatrixView from;
   int64_t width = 0, first = 0, count = 0, padded = 0;
-  const float* data = nullptr;  // [padded, width]
+  const Number<T>* rows = nullptr;  // [padded] at row_stride, as a tile of scores takes them
+  int64_t row_stride = 0;
+  const Number<T>* data = nullptr;  // [numbers_in(count), width], summed over items; see interleave
   int64_t num_special = 0;
   int32_t* special = nullptr;  // the vectors that were cleared
 
   void reserve(const MatrixView& matrix, int64_t columns, int64_t most, Layout& layout) {
     from = matrix, width = columns;
-    staged_ = layout.take<float>(most * width);
+    staged_ = layout.take<Number<T>>(most * numbers_in<T>(width));
+    interleaved_ = layout.take<Number<T>>(kPaired<T> ? pairs_in(most) * width : 0);
     special = layout.take<int32_t>(most);
   }
 
-  // copy: a contiguous fp32 copy that is there already, or null.
-  void stage(int64_t first_item, int64_t num_items, const float* copy) {
+  // copy: contiguous rows of numbers that are there already, or null.
+  void stage(int64_t first_item, int64_t num_items, const Number<T>* copy) {
     first = first_item, count = num_items, padded = up_to(num_items, kTile);
     num_special = 0;
-    data = copy ? copy : staged_;
-    if (copy) return;
-    if constexpr (__is_same(T, float)) {
-      if (padded == count && from.column_stride == 1 && (from.row_stride == width || count == 1)) {
-        data = reinterpret_cast<const float*>(row_of<T>(from, first));
-        return;
+    row_stride = numbers_in<T>(width);
+    rows = copy ? copy : staged_;
+    if (!copy) {
+      // fp32 products take whole rows.
+      const bool dense = kPaired<T> || from.row_stride == width || count == 1;
+      if (padded == count && dense && lies_as_numbers<T>(from, width)) {
+        rows = reinterpret_cast<const Number<T>*>(row_of<T>(from, first));
+        if (kPaired<T>) row_stride = from.row_stride / 2;
+      } else {
+        copy_to(staged_);
       }
     }
-    copy_to(staged_);
+    if constexpr (!kPaired<T>) data = rows;
   }
 
-  void copy_to(float* to) const {
-    for (int64_t i = 0; i < count; ++i) read_row(row_of<T>(from, first + i), from.column_stride, width, to + i * width);
-    for (int64_t k = count * width; k < padded * width; ++k) to[k] = 0.0f;
+  void copy_to(Number<T>* to) const {
+    const int64_t numbers = numbers_in<T>(width);
+    for (int64_t i = 0; i < count; ++i)
+      read_numbers(row_of<T>(from, first + i), from.column_stride, width, to + i * numbers);
+    for (int64_t k = count * numbers; k < padded * numbers; ++k) to[k] = Number<T>{};
   }
 
   void clear_special() {
-    for (int64_t i = 0; i < count; ++i) {
-      float sum = 0.0f;  // NaN where anything is not finite
-      for (int64_t k = 0; k < width; ++k) sum += data[i * width + k] * 0.0f;
-      if (sum != 0.0f) special[num_special++] = static_cast<int32_t>(i);
-    }
+    for (int64_t i = 0; i < count; ++i)
+      if (!is_all_finite(rows + i * row_stride)) special[num_special++] = static_cast<int32_t>(i);
     if (!num_special) return;
-    if (data != staged_) copy_to(staged_);
-    data = staged_;
+    if (rows != staged_) copy_to(staged_);
+    rows = staged_, row_stride = numbers_in<T>(width);
     for (int64_t s = 0; s < num_special; ++s)
-      for (int64_t k = 0; k < width; ++k) staged_[special[s] * width + k] = 0.0f;
+      for (int64_t k = 0; k < row_stride; ++k) staged_[special[s] * row_stride + k] = Number<T>{};
+    if constexpr (!kPaired<T>) data = rows;
+  }
+
+  // Makes `data`, once clear_special had its chance.
+  void interleave() {
+#if defined(SEQREC_PAIRS)
+    if constexpr (kPaired<T>) {
+      for (int64_t i = 0; i < count; i += 2) {
+        const BF16* low = reinterpret_cast<const BF16*>(rows + i * row_stride);
+        const BF16* high = i + 1 < count ? reinterpret_cast<const BF16*>(rows + (i + 1) * row_stride) : nullptr;
+        BF16Pair* to = interleaved_ + i / 2 * width;
+        int64_t k = 0;
+        for (; k + kLanes <= width; k += kLanes)
+          store_pairs(to + k, load_bits(low + k), high ? load_bits(high + k) : U16{});
+        for (; k < width; ++k) to[k].bits = low[k].bits | (high ? uint32_t{high[k].bits} << 16 : 0u);
+      }
+      data = interleaved_;
+    }
+#endif
   }
 
   float special_value(int64_t s, int64_t k) const {
@@ -140,14 +150,24 @@ struct ChunkVectors {
   }
 
  private:
-  float* staged_;
+  bool is_all_finite(const Number<T>* row) const {
+    const T* numbers = reinterpret_cast<const T*>(row);
+    float sum = 0.0f;  // NaN where anything is not finite
+    if constexpr (kPaired<T>)
+      for (int64_t k = 0; k < width; ++k) sum += value(numbers[k]) * 0.0f;
+    else
+      for (int64_t k = 0; k < width; ++k) sum += row[k] * 0.0f;
+    return sum == 0.0f;
+  }
+
+  Number<T>*staged_, *interleaved_;
 };
 
 template <class T>
 struct SoftmaxChunk {
   const SoftmaxCall& call;
   int64_t first = 0, count = 0, padded = 0;
-  const float* keys = nullptr;  // as they are
+  const Number<T>* keys = nullptr;  // as they are
   int64_t key_stride = 0;
   ChunkVectors<T> values;
   ChunkVectors<T> own_keys;      // where the values are others, and the keys go into products too
@@ -157,7 +177,7 @@ struct SoftmaxChunk {
   SoftmaxChunk(const SoftmaxCall& call, int64_t chunk_items, bool multiply_keys, Layout& layout)
       : call(call), multiply_keys_(multiply_keys && call.own_values) {
     const int64_t most = up_to(chunk_items, kTile);
-    staged_keys_ = layout.take<float>(most * call.width);
+    staged_keys_ = layout.take<Number<T>>(most * numbers_in<T>(call.width));
     values.reserve(call.values, call.value_width, most, layout);
     if (multiply_keys_) own_keys.reserve(call.items, call.width, most, layout);
     start_ = layout.take<float>(most);
@@ -165,18 +185,21 @@ struct SoftmaxChunk {
   }
 
   // The keys as products take them.
-  const ChunkVectors<T>& clean_keys() const { return call.own_values ? own_keys : values; }
+  ChunkVectors<T>& keys_to_multiply() { return call.own_values ? own_keys : values; }
 
   void stage(int64_t first_item, int64_t num_items) {
     first = first_item, count = num_items, padded = up_to(num_items, kTile);
-    const float* copy = nullptr;
-    if (__is_same(T, float) && padded == count && call.items.column_stride == 1) {
-      keys = reinterpret_cast<const float*>(row_of<T>(call.items, first)), key_stride = call.items.row_stride;
+    const Number<T>* copy = nullptr;
+    const int64_t numbers = numbers_in<T>(call.width);
+    if (padded == count && lies_as_numbers<T>(call.items, call.width)) {
+      keys = reinterpret_cast<const Number<T>*>(row_of<T>(call.items, first));
+      key_stride = kPaired<T> ? call.items.row_stride / 2 : call.items.row_stride;
     } else {
       for (int64_t i = 0; i < count; ++i)
-        read_row(row_of<T>(call.items, first + i), call.items.column_stride, call.width, staged_keys_ + i * call.width);
-      for (int64_t k = count * call.width; k < padded * call.width; ++k) staged_keys_[k] = 0.0f;
-      keys = copy = staged_keys_, key_stride = call.width;
+        read_numbers(row_of<T>(call.items, first + i), call.items.column_stride, call.width,
+                     staged_keys_ + i * numbers);
+      for (int64_t k = count * numbers; k < padded * numbers; ++k) staged_keys_[k] = Number<T>{};
+      keys = copy = staged_keys_, key_stride = numbers;
     }
     values.stage(first, count, call.own_values ? nullptr : copy);
     if (multiply_keys_) own_keys.stage(first, count, copy);
@@ -208,8 +231,10 @@ struct SoftmaxChunk {
 
   // scores[i][lane] of kVectors registers of rows, `stride` floats from item to item.
   template <int kVectors>
-  SEQREC_METHOD void score(const float* queries, float* scores, int64_t stride, const Ahead& ahead) const {
-    score_items<kVectors>(queries, call.width, keys, key_stride, start, padded, scores, stride, ahead);
+  SEQREC_METHOD void score(const Number<T>* queries, const float* factors, float* scores, int64_t stride,
+                           const Ahead& ahead) const {
+    score_items<kVectors>(queries, numbers_in<T>(call.width), keys, key_stride, start, factors, padded, scores, stride,
+                          ahead);
   }
 
   // Items that are excluded for every row.
@@ -225,7 +250,8 @@ struct SoftmaxChunk {
   bool skips() const { return first_skipped_ < call.num_skipped && call.skipped[first_skipped_] < first + count; }
 
  private:
-  float *staged_keys_, *start_;
+  Number<T>* staged_keys_;
+  float* start_;
   int32_t* dead_;
   int64_t num_dead_ = 0, first_skipped_ = 0;
   bool multiply_keys_;

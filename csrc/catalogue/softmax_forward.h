@@ -58,9 +58,11 @@ struct SoftmaxForward {
   const SoftmaxCall& call;
   const SoftmaxPlan& plan;
   SoftmaxChunk<T> chunk;
-  float* panel;
-  float* scores;  // [chunk, kBlock] of one block
-  float* stack;   // sums of unfinished leaves
+  Number<T>* panel;
+  float* factors;      // [group] of the rows' queries
+  float* scores;       // [chunk, kBlock] of one block
+  Number<T>* weights;  // the same as numbers that a product takes
+  float* stack;        // sums of unfinished leaves
   int64_t* list_places;
   int64_t* kept_places;
   bool context;
@@ -69,18 +71,25 @@ struct SoftmaxForward {
 
   SoftmaxForward(const SoftmaxCall& call, const SoftmaxPlan& plan, bool context, Layout& layout)
       : call(call), plan(plan), chunk(call, plan.chunk_items, false, layout), context(context) {
-    panel = layout.take<float>(plan.group_rows * call.width);
+    panel = layout.take<Number<T>>(plan.group_rows * numbers_in<T>(call.width));
+    factors = layout.take<float>(plan.group_rows);
     scores = layout.take<float>(up_to(plan.chunk_items, kTile) * kBlock);
+    weights = layout.take<Number<T>>(kPaired<T> ? pairs_in(up_to(plan.chunk_items, kTile)) * kBlock : 0);
     stack = layout.take<float>((levels_of(plan.leaves) + 1) * floats_of_sums(plan.group_rows, call.value_width));
     list_places = layout.take<int64_t>(plan.group_rows);
     kept_places = layout.take<int64_t>(plan.group_rows);
   }
 
   void pack() {
-    const Panel to{panel, call.width, num_rows};
-    for (int64_t k = 0; k < up_to(num_rows, kLanes) * call.width; ++k) panel[k] = 0.0f;
-    for (int64_t r = 0; r < num_rows; ++r)
-      pack_row(to, r, row_of<T>(call.query, first_row + r), call.query.column_stride, factor_of(call, first_row + r));
+    const int64_t padded = up_to(num_rows, kLanes);
+    for (int64_t k = 0; k < padded * numbers_in<T>(call.width); ++k) panel[k] = Number<T>{};
+    for (int64_t r = 0; r < padded; ++r) factors[r] = 0.0f;
+    for (int64_t r = 0; r < num_rows; ++r) {
+      const double factor = factor_of(call, first_row + r);
+      factors[r] = static_cast<float>(factor);
+      pack_numbers<T>(panel, call.width, num_rows, r, row_of<T>(call.query, first_row + r), call.query.column_stride,
+                      factor);
+    }
   }
 
   void run(int64_t first_leaf, int64_t num_leaves, const SoftmaxSums& out) {
@@ -109,8 +118,8 @@ struct SoftmaxForward {
       const Ahead ahead = ahead_of(c + 1 < plan.chunks ? c + 1 : c);
       for (int64_t row = 0; row < num_rows; row += kBlock) {
         const int64_t rows = least(kBlock, num_rows - row);
-        const Ahead here{ahead.address + row / kBlock * chunk.padded / kTile * (call.width / kTurn) * ahead.step,
-                         ahead.step};
+        const int64_t turns = chunk.padded / kTile * (numbers_in<T>(call.width) / kTurn);
+        const Ahead here{ahead.address + row / kBlock * turns * ahead.step, ahead.step};
         if (rows > kLanes)
           block<kWide>(row, rows, here, lists, kept, sums);
         else
@@ -121,7 +130,8 @@ struct SoftmaxForward {
 
   // Bytes to fetch a turn, so that the next chunk is there when this one is done.
   Ahead ahead_of(int64_t next) const {
-    const int64_t turns = call.width / kTurn * (chunk.padded / kTile) * (up_to(num_rows, kBlock) / kBlock);
+    const int64_t turns =
+        numbers_in<T>(call.width) / kTurn * (chunk.padded / kTile) * (up_to(num_rows, kBlock) / kBlock);
     const int64_t row_bytes = call.items.row_stride * static_cast<int64_t>(sizeof(T));
     const bool dense = call.items.column_stride == 1 && call.items.row_stride < 2 * call.width;
     const char* from = reinterpret_cast<const char*>(row_of<T>(call.items, next * plan.chunk_items));
@@ -132,8 +142,11 @@ struct SoftmaxForward {
   SEQREC_METHOD void block(int64_t row, int64_t rows, const Ahead& ahead, Cursors& lists, Cursors& kept,
                            const SoftmaxSums& sums) {
     constexpr int64_t kStride = kVectors * kLanes;
-    chunk.template score<kVectors>(panel + row * call.width, scores, kStride, ahead);
-    if (row == 0 && context) chunk.template look_at<kVectors>(scores, kStride);
+    chunk.template score<kVectors>(panel + row * numbers_in<T>(call.width), factors + row, scores, kStride, ahead);
+    if (row == 0 && context) {
+      chunk.template look_at<kVectors>(scores, kStride);
+      chunk.values.interleave();
+    }
     exclude<kVectors>(chunk, lists, kept, row, rows, scores, kStride);
     kept.pass(row, row + rows, chunk.first + chunk.count, true, [&](int64_t r, int64_t item, int64_t place) {
       kept_score[call.kept_slot[place]] = scores[(item - chunk.first) * kStride + r - row];
@@ -142,7 +155,10 @@ struct SoftmaxForward {
     if (!context) return;
     float* out = sums.context + row * call.value_width;
     const ChunkVectors<T>& values = chunk.values;
-    product_part(Product<float>{scores, 1, kStride, values.data, out, rows, values.width, chunk.count, true}, 0, 1, 1);
+    const Number<T>* a = by_items<T>(scores, kStride, chunk.count, kStride, weights);
+    product_part(Product<Number<T>, float>{a, 1, kStride, values.data, out, rows, values.width,
+                                           numbers_in<T>(chunk.count), true},
+                 0, 1, 1);
     for (int64_t s = 0; s < values.num_special; ++s)
       for (int64_t lane = 0; lane < rows; ++lane) {
         const float weight = scores[values.special[s] * kStride + lane];

@@ -1,8 +1,8 @@
 // One task of top-k: a group of rows meets a run of chunks.
 //
-// Every pair (row, item) is scored in fp32 FMA, or from int8 codes, and compared with what it must reach to be among the
-// row's k best; the few that may are candidates (topk_select.h). Rows and items outside the preconditions of band.h, and tiles where much
-// is equal, are scored in fp64, as the ranking is defined.
+// Every pair (row, item) is scored in fp32 FMA, or from int8 codes, and compared with what it must reach to be among
+// the row's k best; the few that may are candidates (topk_select.h). Rows and items outside the preconditions of
+// band.h, and tiles where much is equal, are scored in fp64, as the ranking is defined.
 #pragma once
 
 #include "catalogue/topk_packed.h"

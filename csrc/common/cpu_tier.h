@@ -30,9 +30,9 @@ CpuTier cpu_tier();
   namespace tier_amx {                  \
   extern const Type table;              \
   }
-#define SEQREC_CHOSEN_TABLE(table)                                                                \
-  (*::seqrec_fast::of_tier(&::seqrec_fast::tier_default::table, &::seqrec_fast::tier_avx2::table, \
-                           &::seqrec_fast::tier_avx512::table, &::seqrec_fast::tier_avx512_bf16::table,   \
+#define SEQREC_CHOSEN_TABLE(table)                                                                      \
+  (*::seqrec_fast::of_tier(&::seqrec_fast::tier_default::table, &::seqrec_fast::tier_avx2::table,       \
+                           &::seqrec_fast::tier_avx512::table, &::seqrec_fast::tier_avx512_bf16::table, \
                            &::seqrec_fast::tier_amx::table))
 #else
 #define SEQREC_TIER_TABLES(Type, table) \

@@ -113,6 +113,12 @@ SEQREC_INLINE void store_sums(double* out, F64 a, F64 b, F64 c, F64 d) {
   out[3] = reduce_add(d);
 }
 
+// sum + a·b for the operands of a Product.
+template <class T>
+SEQREC_INLINE Vector<T> multiply_add(Vector<T> a, Vector<T> b, Vector<T> sum) {
+  return fma(a, b, sum);
+}
+
 // ---- Product
 // ----------------------------------------------------------------------------------------------------------
 
@@ -150,7 +156,7 @@ SEQREC_INLINE void product_tile(const Product<T, Out>& p, int64_t row, int64_t c
       for (int r = 0; r < kRows; ++r) {
         const Vector<T> factor = broadcast(a[r * p.a_row]);
 #pragma GCC unroll 8
-        for (int v = 0; v < kVectors; ++v) acc[r][v] = fma(factor, bs[v], acc[r][v]);
+        for (int v = 0; v < kVectors; ++v) acc[r][v] = multiply_add<T>(factor, bs[v], acc[r][v]);
       }
     }
 #pragma GCC unroll 8

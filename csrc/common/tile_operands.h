@@ -130,28 +130,29 @@ struct TileSquare {
   // += left operands (of each group: `left` and the images left_stride further on) · right operands (of each column),
   // all products of parts of one chunk; only the columns of which kPresent has a bit.
   template <int kParts, int kPresent = (1 << kColumns) - 1, int kPair = 0>
-  SEQREC_INLINE void multiply(const TileImage* left, int64_t left_stride, const TileImage* const (&right)[kColumns]) {
+  SEQREC_INLINE void multiply(TileScope& tiles, const TileImage* left, int64_t left_stride,
+                              const TileImage* const (&right)[kColumns]) {
     constexpr PartPair pair = PartPairs<kParts>::kList[kPair];
     constexpr PartPair former = kPair > 0 ? PartPairs<kParts>::kList[kPair - 1] : PartPair{-1, -1};
     if constexpr (pair.left != former.left) {
-      tile_load<4>(left + pair.left, 64);
-      if constexpr (kGroups > 1) tile_load<5>(left + left_stride + pair.left, 64);
+      tiles.load<4>(left + pair.left, 64);
+      if constexpr (kGroups > 1) tiles.load<5>(left + left_stride + pair.left, 64);
     }
     // More than two columns do not all have a register; they are read again for every product.
-    columns<kPresent, 0, kColumns <= 2 && pair.right == former.right>(right, pair.right);
+    columns<kPresent, 0, kColumns <= 2 && pair.right == former.right>(tiles, right, pair.right);
     if constexpr (kPair + 1 < PartPairs<kParts>::kCount)
-      multiply<kParts, kPresent, kPair + 1>(left, left_stride, right);
+      multiply<kParts, kPresent, kPair + 1>(tiles, left, left_stride, right);
   }
 
  private:
   template <int kPresent, int kColumn, bool kLoaded>
-  SEQREC_INLINE void columns(const TileImage* const (&right)[kColumns], int part) {
+  SEQREC_INLINE void columns(TileScope& tiles, const TileImage* const (&right)[kColumns], int part) {
     if constexpr ((kPresent >> kColumn & 1) != 0) {
-      if constexpr (!kLoaded) tile_load<6 + kColumn % 2>(right[kColumn] + part, 64);
-      tile_multiply<kColumn * kGroups, 4, 6 + kColumn % 2>();
-      if constexpr (kGroups > 1) tile_multiply<kColumn * kGroups + 1, 5, 6 + kColumn % 2>();
+      if constexpr (!kLoaded) tiles.load<6 + kColumn % 2>(right[kColumn] + part, 64);
+      tiles.multiply<kColumn * kGroups, 4, 6 + kColumn % 2>();
+      if constexpr (kGroups > 1) tiles.multiply<kColumn * kGroups + 1, 5, 6 + kColumn % 2>();
     }
-    if constexpr (kColumn + 1 < kColumns) columns<kPresent, kColumn + 1, kLoaded>(right, part);
+    if constexpr (kColumn + 1 < kColumns) columns<kPresent, kColumn + 1, kLoaded>(tiles, right, part);
   }
 };
 

@@ -79,25 +79,25 @@ template <int kParts, class T, class Out>
 void tile_product(const Product<T, Out>& p, const TileImage* right, const ProductScratch<kParts>& scratch) {
   const RightOperand<kParts> layout(p.depth, p.columns);
   const int64_t group = layout.chunks * kParts;
-  const TileScope scope;
+  TileScope tiles;
   for (int64_t row = 0; row < p.rows; row += kPanelRows) {
     const int64_t rows = p.rows - row < kPanelRows ? p.rows - row : kPanelRows;
     pack_left<kParts>(p.a + row * p.a_row, p.a_row, p.a_step, rows, p.depth, scratch.left);
     for (int64_t block = 0; block < layout.blocks; block += 2) {
       // The last block of an odd number is multiplied twice; the second result is dropped.
       const int64_t second = block + 1 < layout.blocks ? block + 1 : block;
-      tile_zero<0>();
-      tile_zero<1>();
-      tile_zero<2>();
-      tile_zero<3>();
+      tiles.zero<0>();
+      tiles.zero<1>();
+      tiles.zero<2>();
+      tiles.zero<3>();
       for (int64_t i = 0; i < group; i += kParts) {
         const TileImage* const columns[2] = {right + block * group + i, right + second * group + i};
-        TileSquare<2, 2>::multiply<kParts>(scratch.left + i, group, columns);
+        TileSquare<2, 2>::multiply<kParts>(tiles, scratch.left + i, group, columns);
       }
-      tile_store<0>(scratch.square, 64);
-      tile_store<1>(scratch.square + 256, 64);
-      tile_store<2>(scratch.square + 512, 64);
-      tile_store<3>(scratch.square + 768, 64);
+      tiles.store<0>(scratch.square, 64);
+      tiles.store<1>(scratch.square + 256, 64);
+      tiles.store<2>(scratch.square + 512, 64);
+      tiles.store<3>(scratch.square + 768, 64);
       const int64_t column = block * kTileRows,
                     columns = p.columns - column < kPanelColumns ? p.columns - column : kPanelColumns;
       put_square(scratch.square, p.out + row * p.columns + column, p.columns, rows, columns, p.accumulate);

@@ -4,17 +4,22 @@
 // 7 right operands. The assembly is ours because the compiler's macros take literals only, and its _tile_loadconfig
 // tells the optimiser of 8 of the 64 bytes that it reads.
 //
-// With SEQREC_EMULATED_TILES plain C++ stands in for the instructions (see tiles_emulated.h), so that everything built
-// on them can be run, and compared, on any processor with AVX-512.
+// Two things stand in for the instructions. With AVX512_BF16 and no tiles, products of pairs (tiles_dots.h). And with
+// SEQREC_EMULATED_TILES plain C++ (tiles_emulated.h), which is slow and strict: what is built on tiles can be run, and
+// compared, on any processor with AVX-512.
 #pragma once
 
 #include "vector.h"
 
-#if defined(__AMX_BF16__) && !defined(SEQREC_EMULATED_TILES)
-#define SEQREC_TILES 1
-#elif defined(SEQREC_EMULATED_TILES)
+#if defined(SEQREC_EMULATED_TILES)
 #define SEQREC_TILES 1
 #include "tiles_emulated.h"
+#elif defined(__AMX_BF16__)
+#define SEQREC_TILES 1
+#elif defined(__AVX512BF16__)
+#define SEQREC_TILES 1
+#define SEQREC_TILES_OF_DOTS 1
+#include "tiles_dots.h"
 #endif
 
 #if defined(SEQREC_TILES)
@@ -25,6 +30,12 @@ namespace seqrec_fast::SEQREC_TIER {
 struct TileImage {
   alignas(64) uint32_t row[16][16];
 };
+
+#if defined(SEQREC_TILES_OF_DOTS)
+// One product of pairs is worth two of fp32: a sum of several takes longer than fp32 does.
+constexpr int kMostParts = 1;
+#else
+constexpr int kMostParts = 3;
 
 struct alignas(64) TileShapes {
   uint8_t palette = 1, start = 0, reserved[14] = {};
@@ -40,56 +51,60 @@ struct alignas(64) TileShapes {
 };
 static_assert(sizeof(TileShapes) == 64);
 
-#if defined(SEQREC_EMULATED_TILES)
-SEQREC_INLINE void tiles_configure(const TileShapes& shapes) { emulated::configure(&shapes); }
-SEQREC_INLINE void tiles_release() { emulated::configure(nullptr); }
-template <int kTile>
-SEQREC_INLINE void tile_zero() {
-  emulated::zero(kTile);
-}
-template <int kTile>
-SEQREC_INLINE void tile_load(const void* from, int64_t stride) {
-  emulated::load(kTile, from, stride);
-}
-template <int kTile>
-SEQREC_INLINE void tile_store(void* to, int64_t stride) {
-  emulated::store(kTile, to, stride);
-}
-template <int kSum, int kLeft, int kRight>
-SEQREC_INLINE void tile_multiply() {
-  emulated::multiply(kSum, kLeft, kRight);
-}
-#else
-SEQREC_INLINE void tiles_configure(const TileShapes& shapes) { asm volatile("ldtilecfg %0" ::"m"(shapes)); }
-SEQREC_INLINE void tiles_release() { asm volatile("tilerelease"); }
-template <int kTile>
-SEQREC_INLINE void tile_zero() {
-  asm volatile("tilezero %%tmm%c0" ::"i"(kTile));
-}
-// Rows are `stride` bytes apart.
-template <int kTile>
-SEQREC_INLINE void tile_load(const void* from, int64_t stride) {
-  asm volatile("tileloadd (%1,%2,1), %%tmm%c0" ::"i"(kTile), "r"(from), "r"(stride) : "memory");
-}
-template <int kTile>
-SEQREC_INLINE void tile_store(void* to, int64_t stride) {
-  asm volatile("tilestored %%tmm%c0, (%1,%2,1)" ::"i"(kTile), "r"(to), "r"(stride) : "memory");
-}
-// sum += left · right, in fp32.
-template <int kSum, int kLeft, int kRight>
-SEQREC_INLINE void tile_multiply() {
-  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSum), "i"(kLeft), "i"(kRight));
-}
-#endif
-
 // The tile registers of this thread, configured for as long as this lives. Tiles 0 … 5 have `rows` rows: a product
 // takes one cycle a row.
 class TileScope {
  public:
-  explicit TileScope(int64_t rows = 16) { tiles_configure(TileShapes(rows < 16 ? (int)rows : 16)); }
+  explicit TileScope(int64_t rows = 16) { configure(TileShapes(rows < 16 ? (int)rows : 16)); }
   TileScope(const TileScope&) = delete;
-  ~TileScope() { tiles_release(); }
+
+#if defined(SEQREC_EMULATED_TILES)
+  ~TileScope() { emulated::configure(nullptr); }
+  template <int kTile>
+  void zero() {
+    emulated::zero(kTile);
+  }
+  template <int kTile>
+  void load(const void* from, int64_t stride) {
+    emulated::load(kTile, from, stride);
+  }
+  template <int kTile>
+  void store(void* to, int64_t stride) const {
+    emulated::store(kTile, to, stride);
+  }
+  template <int kSum, int kLeft, int kRight>
+  void multiply() {
+    emulated::multiply(kSum, kLeft, kRight);
+  }
+
+ private:
+  static void configure(const TileShapes& shapes) { emulated::configure(&shapes); }
+#else
+  ~TileScope() { asm volatile("tilerelease"); }
+  template <int kTile>
+  __attribute__((always_inline)) void zero() {
+    asm volatile("tilezero %%tmm%c0" ::"i"(kTile));
+  }
+  // Rows are `stride` bytes apart.
+  template <int kTile>
+  __attribute__((always_inline)) void load(const void* from, int64_t stride) {
+    asm volatile("tileloadd (%1,%2,1), %%tmm%c0" ::"i"(kTile), "r"(from), "r"(stride) : "memory");
+  }
+  template <int kTile>
+  __attribute__((always_inline)) void store(void* to, int64_t stride) const {
+    asm volatile("tilestored %%tmm%c0, (%1,%2,1)" ::"i"(kTile), "r"(to), "r"(stride) : "memory");
+  }
+  // sum += left · right, in fp32.
+  template <int kSum, int kLeft, int kRight>
+  __attribute__((always_inline)) void multiply() {
+    asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSum), "i"(kLeft), "i"(kRight));
+  }
+
+ private:
+  static void configure(const TileShapes& shapes) { asm volatile("ldtilecfg %0" ::"m"(shapes)); }
+#endif
 };
+#endif
 
 }  // namespace seqrec_fast::SEQREC_TIER
 #endif

@@ -106,18 +106,18 @@ class TileSums {
 
   // Accumulator n·kGroups + r: its former sums to `done` (null: none), then its first value from `begin`.
   template <int kGroups, int kTile = 0>
-  SEQREC_INLINE void turn_over(float* done, const float* begin, int64_t column_step, int64_t group_step,
-                               int64_t row_bytes) {
+  SEQREC_INLINE void turn_over(TileScope& tiles, float* done, const float* begin, int64_t column_step,
+                               int64_t group_step, int64_t row_bytes) {
     constexpr int kColumn = kTile / kGroups, kGroup = kTile % kGroups;
-    if (done) tile_store<kTile>(done + (kColumn * kPanelRows + kGroup * kTileRows) * kUnits, 64);
-    if (begin) tile_load<kTile>(begin + kColumn * column_step + kGroup * group_step, row_bytes);
-    if constexpr (kTile < 3) turn_over<kGroups, kTile + 1>(done, begin, column_step, group_step, row_bytes);
+    if (done) tiles.store<kTile>(done + (kColumn * kPanelRows + kGroup * kTileRows) * kUnits, 64);
+    if (begin) tiles.load<kTile>(begin + kColumn * column_step + kGroup * group_step, row_bytes);
+    if constexpr (kTile < 3) turn_over<kGroups, kTile + 1>(tiles, done, begin, column_step, group_step, row_bytes);
   }
 
   // += the products of one kind of input for the sums kFirst … kFirst + kColumns - 1.
   template <int kGroups, int kFirst, int kPresent>
-  SEQREC_INLINE void add(const TileImage* left, int64_t group_images, const TileImage* weights, int64_t chunks,
-                         const int (&gate_of_sum)[kSumCount]) {
+  SEQREC_INLINE void add(TileScope& tiles, const TileImage* left, int64_t group_images, const TileImage* weights,
+                         int64_t chunks, const int (&gate_of_sum)[kSumCount]) {
     constexpr int kColumns = 4 / kGroups;
     if constexpr (kPresent != 0)
       for (int64_t i = 0; i < chunks * kParts; i += kParts) {
@@ -125,47 +125,47 @@ class TileSums {
 #pragma GCC unroll 4
         for (int n = 0; n < kColumns; ++n)
           right[n] = kPresent >> n & 1 ? weights + gate_of_sum[kFirst + n] * chunks * kParts + i : nullptr;
-        TileSquare<kGroups, kColumns>::template multiply<kParts, kPresent>(left + i, group_images, right);
+        TileSquare<kGroups, kColumns>::template multiply<kParts, kPresent>(tiles, left + i, group_images, right);
       }
   }
 
   template <int kGroups, int kFirst>
-  __attribute__((always_inline)) void pass(const CellRow<T>* rows, int64_t block, float* done) const {
+  __attribute__((always_inline)) void pass(TileScope& tiles, const CellRow<T>* rows, int64_t block, float* done) const {
     constexpr int kColumns = 4 / kGroups;
     const float* const bias = layout_.bias(packed_, block);
     if (rows[0].ahead) {
       const int64_t stride = layout_.blocks * kUnits * kSumCount;  // between rows
-      turn_over<kGroups>(done, rows[0].ahead + (block * kSumCount + kFirst) * kUnits, kUnits, kTileRows * stride,
+      turn_over<kGroups>(tiles, done, rows[0].ahead + (block * kSumCount + kFirst) * kUnits, kUnits, kTileRows * stride,
                          stride * (int64_t)sizeof(float));
     } else {
-      turn_over<kGroups>(done, bias + kFirst * kUnits, kUnits, 0, 0);
+      turn_over<kGroups>(tiles, done, bias + kFirst * kUnits, kUnits, 0, 0);
     }
     const TileImage* const weights = layout_.images(packed_, block);
     if (rows[0].x)
       add<kGroups, kFirst, present<kColumns>(kSumGates<Cell>.input, kFirst)>(
-          left_, group_images(), weights, layout_.input_chunks, kSumGates<Cell>.input);
+          tiles, left_, group_images(), weights, layout_.input_chunks, kSumGates<Cell>.input);
     if (rows[0].h)
       add<kGroups, kFirst, present<kColumns>(kSumGates<Cell>.hidden, kFirst)>(
-          left_ + layout_.input_chunks * kParts, group_images(), weights + layout_.hidden_image(),
+          tiles, left_ + layout_.input_chunks * kParts, group_images(), weights + layout_.hidden_image(),
           layout_.hidden_chunks, kSumGates<Cell>.hidden);
   }
 
   template <int kGroups, class Use>
   __attribute__((always_inline)) void sweep(const CellRow<T>* rows, int64_t count, const Use& use) const {
-    const TileScope scope(kGroups == 1 ? count : kTileRows);
+    TileScope tiles(kGroups == 1 ? count : kTileRows);
     constexpr int64_t kBlockSums = kSumCount * kPanelRows * kUnits;
     float* done = nullptr;  // where the sums go that are still in the accumulators
     for (int64_t block = 0; block < layout_.blocks; ++block) {
       float* const sums = sums_ + block % 2 * kBlockSums;
-      pass<kGroups, 0>(rows, block, done);
+      pass<kGroups, 0>(tiles, rows, block, done);
       done = sums;
       if constexpr (kGroups == 2) {
-        pass<2, 2>(rows, block, done);
+        pass<2, 2>(tiles, rows, block, done);
         done = sums + 2 * kPanelRows * kUnits;
       }
       if (block > 0) use_block(rows, count, block - 1, use);
     }
-    turn_over<kGroups>(done, nullptr, 0, 0, 0);
+    turn_over<kGroups>(tiles, done, nullptr, 0, 0, 0);
     use_block(rows, count, layout_.blocks - 1, use);
   }
 

@@ -20,7 +20,8 @@ using Tiles = Arithmetic<T, TileSums<T, Cell, kParts>, TileProducts<T, Cell, kPa
 #endif
 
 // use(Arithmetic): how the products of a type are formed. On tiles that is a question of how many bf16 parts hold its
-// numbers: one bf16, two fp16 and, by the switch for precision, one to three fp32.
+// numbers: one bf16, two fp16 and, by the switch for precision, one to three fp32. Where there are too many
+// (kMostParts) fp32 multiply-adds are used.
 template <class T, class Cell, class Use>
 auto with_arithmetic(const SequenceShape& shape, const Use& use) {
 #if defined(SEQREC_TILES)
@@ -29,11 +30,13 @@ auto with_arithmetic(const SequenceShape& shape, const Use& use) {
       if constexpr (__is_same(T, BF16)) {
         return use(Tiles<T, Cell, 1>{});
       } else if constexpr (__is_same(T, F16)) {
-        return use(Tiles<T, Cell, 2>{});
+        if constexpr (kMostParts >= 2) return use(Tiles<T, Cell, 2>{});
       } else {
         if (shape.precision == 2) return use(Tiles<T, Cell, 1>{});
-        if (shape.precision == 1) return use(Tiles<T, Cell, 2>{});
-        return use(Tiles<T, Cell, 3>{});
+        if constexpr (kMostParts >= 3) {
+          if (shape.precision == 1) return use(Tiles<T, Cell, 2>{});
+          return use(Tiles<T, Cell, 3>{});
+        }
       }
     }
 #endif

@@ -10,10 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from seqrec_fast import _native
+
 ROOT = Path(__file__).resolve().parents[2]
 COMPILER = shutil.which("g++")
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
-TIERS = {"default": [], "avx2": AVX2, "avx512": [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]}
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+TIERS = {"default": [], "avx2": AVX2, "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16", "-mavx512vnni"]}
 # -O0 compiles in a quarter of the time, and the accesses are the same.
 FLAGS = [
     "-O0",
@@ -27,8 +30,12 @@ FLAGS = [
 
 
 def runs_here(tier: str) -> bool:
-    capability = {"AVX2": 1, "AVX512": 2}.get(torch.backends.cpu.get_cpu_capability(), 0)
-    return list(TIERS).index(tier) <= capability and (tier == "default" or platform.machine() in ("x86_64", "AMD64"))
+    if tier == "default":
+        return True
+    if _native.MISSING is None:
+        highest = torch.ops.seqrec_fast_native.highest_cpu_tier.default()
+        return platform.machine() in ("x86_64", "AMD64") and _native.TIERS.index(tier) <= highest
+    return False
 
 
 def build(folder: Path, kernels: list[Path], main: str) -> dict[str, Path]:

@@ -100,9 +100,10 @@ static int run(const SoftmaxKernels& kernel, Format format, const Sizes& s, int 
     if (mode == 1) gradient.skipped = skipped_mass, gradient.skip_mass = 0.5f;
     const int64_t padded = (s.rows + 63) / 64 * 64;
     const Array<float> panel(padded * s.width), by_row(s.rows * s.width), directions(padded * s.value_width),
-        directions_by_row(s.rows * s.value_width), offsets(padded);
+        directions_by_row(s.rows * s.value_width), factors(padded), offsets(padded);
     const Array<uint8_t> special(s.rows);
-    const SoftmaxRows rows{panel, by_row, directions, directions_by_row, offsets, special};
+    const SoftmaxRows rows{panel.data,   by_row.data, directions.data, directions_by_row.data,
+                           factors.data, offsets,     special};
     for (int64_t row = 0; row < s.rows; row += 64)
       kernel.prepare(call, gradient, row, row + 64 < s.rows ? 64 : s.rows - row, rows);
     scratch = aligned_alloc(64, (cut.scratch_bytes + 63) / 64 * 64);

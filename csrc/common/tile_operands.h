@@ -128,10 +128,33 @@ struct TileSquare {
   static_assert(kGroups * kColumns <= 4 && kGroups <= 2);
 
   // += left operands (of each group: `left` and the images left_stride further on) · right operands (of each column),
-  // all products of parts of one chunk; only the columns of which kPresent has a bit.
-  template <int kParts, int kPresent = (1 << kColumns) - 1, int kPair = 0>
+  // over `chunks` chunks of kParts images; only the columns of which kPresent has a bit. Right operands ahead_bytes
+  // further on will be next.
+  template <int kParts, int kPresent = (1 << kColumns) - 1>
   SEQREC_INLINE void multiply(TileScope& tiles, const TileImage* left, int64_t left_stride,
-                              const TileImage* const (&right)[kColumns]) {
+                              const TileImage* const (&right)[kColumns], int64_t chunks, int64_t ahead_bytes) {
+#if defined(SEQREC_TILES_OF_DOTS)
+    static_assert(kParts == 1);
+    const void* from[kColumns];
+    for (int n = 0; n < kColumns; ++n) from[n] = right[n];
+    tiles.template multiply_all<kGroups, kColumns, kPresent>(left, left_stride * (int64_t)sizeof(TileImage), from,
+                                                             chunks, ahead_bytes);
+#else
+    for (int64_t i = 0; i < chunks * kParts; i += kParts) {
+      const TileImage* here[kColumns];
+#pragma GCC unroll 4
+      for (int n = 0; n < kColumns; ++n) here[n] = kPresent >> n & 1 ? right[n] + i : nullptr;
+      multiply_chunk<kParts, kPresent>(tiles, left + i, left_stride, here);
+    }
+#endif
+  }
+
+#if !defined(SEQREC_TILES_OF_DOTS)
+ private:
+  // All products of parts of one chunk.
+  template <int kParts, int kPresent, int kPair = 0>
+  SEQREC_INLINE void multiply_chunk(TileScope& tiles, const TileImage* left, int64_t left_stride,
+                                    const TileImage* const (&right)[kColumns]) {
     constexpr PartPair pair = PartPairs<kParts>::kList[kPair];
     constexpr PartPair former = kPair > 0 ? PartPairs<kParts>::kList[kPair - 1] : PartPair{-1, -1};
     if constexpr (pair.left != former.left) {
@@ -141,10 +164,9 @@ struct TileSquare {
     // More than two columns do not all have a register; they are read again for every product.
     columns<kPresent, 0, kColumns <= 2 && pair.right == former.right>(tiles, right, pair.right);
     if constexpr (kPair + 1 < PartPairs<kParts>::kCount)
-      multiply<kParts, kPresent, kPair + 1>(tiles, left, left_stride, right);
+      multiply_chunk<kParts, kPresent, kPair + 1>(tiles, left, left_stride, right);
   }
 
- private:
   template <int kPresent, int kColumn, bool kLoaded>
   SEQREC_INLINE void columns(TileScope& tiles, const TileImage* const (&right)[kColumns], int part) {
     if constexpr ((kPresent >> kColumn & 1) != 0) {
@@ -154,6 +176,7 @@ struct TileSquare {
     }
     if constexpr (kColumn + 1 < kColumns) columns<kPresent, kColumn + 1, kLoaded>(tiles, right, part);
   }
+#endif
 };
 
 }  // namespace seqrec_fast::SEQREC_TIER

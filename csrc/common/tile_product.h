@@ -74,34 +74,46 @@ SEQREC_INLINE void put_square(const float* square, Out* out, int64_t stride, int
   }
 }
 
+// Rows [row, row + rows) of a product, kGroups groups of 16 that are packed in scratch.left.
+template <int kParts, int kGroups, class T, class Out>
+void multiply_panel(const Product<T, Out>& p, int64_t row, int64_t rows, const TileImage* right,
+                    const ProductScratch<kParts>& scratch) {
+  const RightOperand<kParts> layout(p.depth, p.columns);
+  const int64_t group = layout.chunks * kParts;
+  TileScope tiles(kGroups == 1 ? rows : kTileRows);
+  for (int64_t block = 0; block < layout.blocks; block += 2) {
+    // The last block of an odd number is multiplied twice; the second result is dropped.
+    const int64_t second = block + 1 < layout.blocks ? block + 1 : block;
+    const TileImage* const operands[2] = {right + block * group, right + second * group};
+    tiles.template zero<0>();
+    tiles.template zero<1>();
+    if constexpr (kGroups > 1) tiles.template zero<2>(), tiles.template zero<3>();
+    TileSquare<kGroups, 2>::template multiply<kParts>(tiles, scratch.left, group, operands, layout.chunks,
+                                                      2 * group * (int64_t)sizeof(TileImage));
+    // Column n, group g of the square.
+    constexpr int64_t kImage = kTileRows * kTileRows;
+    tiles.template store<0>(scratch.square, 64);
+    tiles.template store<1>(scratch.square + (kGroups > 1 ? 1 : 2) * kImage, 64);
+    if constexpr (kGroups > 1) {
+      tiles.template store<2>(scratch.square + 2 * kImage, 64);
+      tiles.template store<3>(scratch.square + 3 * kImage, 64);
+    }
+    const int64_t column = block * kTileRows,
+                  columns = p.columns - column < kPanelColumns ? p.columns - column : kPanelColumns;
+    put_square(scratch.square, p.out + row * p.columns + column, p.columns, rows, columns, p.accumulate);
+  }
+}
+
 // The product of which p.b was packed as `right`. a(m, k) must be contiguous along m or along k.
 template <int kParts, class T, class Out>
 void tile_product(const Product<T, Out>& p, const TileImage* right, const ProductScratch<kParts>& scratch) {
-  const RightOperand<kParts> layout(p.depth, p.columns);
-  const int64_t group = layout.chunks * kParts;
-  TileScope tiles;
   for (int64_t row = 0; row < p.rows; row += kPanelRows) {
     const int64_t rows = p.rows - row < kPanelRows ? p.rows - row : kPanelRows;
     pack_left<kParts>(p.a + row * p.a_row, p.a_row, p.a_step, rows, p.depth, scratch.left);
-    for (int64_t block = 0; block < layout.blocks; block += 2) {
-      // The last block of an odd number is multiplied twice; the second result is dropped.
-      const int64_t second = block + 1 < layout.blocks ? block + 1 : block;
-      tiles.zero<0>();
-      tiles.zero<1>();
-      tiles.zero<2>();
-      tiles.zero<3>();
-      for (int64_t i = 0; i < group; i += kParts) {
-        const TileImage* const columns[2] = {right + block * group + i, right + second * group + i};
-        TileSquare<2, 2>::multiply<kParts>(tiles, scratch.left + i, group, columns);
-      }
-      tiles.store<0>(scratch.square, 64);
-      tiles.store<1>(scratch.square + 256, 64);
-      tiles.store<2>(scratch.square + 512, 64);
-      tiles.store<3>(scratch.square + 768, 64);
-      const int64_t column = block * kTileRows,
-                    columns = p.columns - column < kPanelColumns ? p.columns - column : kPanelColumns;
-      put_square(scratch.square, p.out + row * p.columns + column, p.columns, rows, columns, p.accumulate);
-    }
+    if (rows > kTileRows)
+      multiply_panel<kParts, 2>(p, row, rows, right, scratch);
+    else
+      multiply_panel<kParts, 1>(p, row, rows, right, scratch);
   }
 }
 

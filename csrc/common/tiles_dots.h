@@ -6,23 +6,38 @@
 
 namespace seqrec_fast::SEQREC_TIER {
 
-// sum[row] += left[row] · right for kRows rows of 16 pairs. Of the processor's two loads a cycle, a product takes one
-// for its pair of the left operand.
-template <int kRows>
-__attribute__((noinline)) static void add_pair_products(float (*sum)[16], const int32_t (*left)[16],
-                                                        const int32_t (*right)[16]) {
-  F32 total[kRows];
-#pragma GCC unroll 16
-  for (int row = 0; row < kRows; ++row) total[row] = load(sum[row]);
-#pragma GCC unroll 2
-  for (int k = 0; k < 16; ++k) {
-    const __m512bh pairs = (__m512bh)load(right[k]);
-#pragma GCC unroll 16
-    for (int row = 0; row < kRows; ++row)
-      total[row] = (F32)_mm512_dpbf16_ps((__m512)total[row], (__m512bh)broadcast(left[row][k]), pairs);
+// sums[column][row] += left[row] · right[column] for kRows × kColumns registers, over `chunks` images of 16 pairs each.
+// Meanwhile a line at `ahead` is asked for every other step.
+template <int kRows, int kColumns>
+__attribute__((noinline)) static void add_pair_products(float (*const (&sums)[kColumns])[16], const int32_t* left,
+                                                        const int32_t* const (&right)[kColumns], int64_t chunks,
+                                                        const char* ahead) {
+  F32 total[kRows][kColumns];
+#pragma GCC unroll 8
+  for (int row = 0; row < kRows; ++row)
+#pragma GCC unroll 4
+    for (int column = 0; column < kColumns; ++column) total[row][column] = load(sums[column][row]);
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    const int32_t* const rows = left + chunk * 256;
+    for (int k = 0; k < 16; ++k) {
+      if (k % 2 == 0) __builtin_prefetch(ahead + (chunk * 8 + k / 2) * 64, 0, 2);
+      __m512bh pairs[kColumns];
+#pragma GCC unroll 4
+      for (int column = 0; column < kColumns; ++column)
+        pairs[column] = (__m512bh)load(right[column] + chunk * 256 + k * 16);
+#pragma GCC unroll 8
+      for (int row = 0; row < kRows; ++row) {
+        const __m512bh factor = (__m512bh)broadcast(rows[row * 16 + k]);
+#pragma GCC unroll 4
+        for (int column = 0; column < kColumns; ++column)
+          total[row][column] = (F32)_mm512_dpbf16_ps((__m512)total[row][column], factor, pairs[column]);
+      }
+    }
   }
-#pragma GCC unroll 16
-  for (int row = 0; row < kRows; ++row) store(sum[row], total[row]);
+#pragma GCC unroll 8
+  for (int row = 0; row < kRows; ++row)
+#pragma GCC unroll 4
+    for (int column = 0; column < kColumns; ++column) store(sums[column][row], total[row][column]);
 }
 
 class TileScope {
@@ -34,35 +49,53 @@ class TileScope {
   void zero() {
     for (int row = 0; row < rows_; ++row) store_row(kTile, row, F32{});
   }
-  // Rows are `stride` bytes apart. An operand must stay as it is until it was multiplied.
+  // Rows are `stride` bytes apart.
   template <int kTile>
   void load(const void* from, int64_t stride) {
-    if constexpr (kTile >= 4)
-      operands_[kTile - 4] = (const int32_t (*)[16])from;
-    else
-      for (int row = 0; row < rows_; ++row)
-        store_row(kTile, row, SEQREC_TIER::load((const float*)((const char*)from + row * stride)));
+    for (int row = 0; row < rows_; ++row)
+      store_row(kTile, row, SEQREC_TIER::load((const float*)((const char*)from + row * stride)));
   }
   template <int kTile>
   void store(void* to, int64_t stride) const {
     for (int row = 0; row < rows_; ++row)
       SEQREC_TIER::store((float*)((char*)to + row * stride), SEQREC_TIER::load(sums_[kTile][row]));
   }
-  // sum += left · right, in fp32.
-  template <int kSum, int kLeft, int kRight>
-  void multiply() {
-    const auto left = operands_[kLeft - 4], right = operands_[kRight - 4];
-    if (rows_ == 16) return add_pair_products<16>(sums_[kSum], left, right);
-    int row = 0;
-    for (; row + 4 <= rows_; row += 4) add_pair_products<4>(sums_[kSum] + row, left + row, right);
-    for (; row < rows_; ++row) add_pair_products<1>(sums_[kSum] + row, left + row, right);
+
+  // Sum n·kGroups + g += left operand of group g · right operand of column n, for each column of which kPresent has a
+  // bit, over `chunks` images that follow one another. The images ahead_bytes further on will be next, and are fetched:
+  // a weight that does not fit L2 passes by once for 32 rows.
+  template <int kGroups, int kColumns, int kPresent>
+  void multiply_all(const void* left, int64_t group_bytes, const void* const (&right)[kColumns], int64_t chunks,
+                    int64_t ahead_bytes) {
+    constexpr int kCount = __builtin_popcount(kPresent);
+    // 16 sums hide the latency of a product, and leave registers for the operands.
+    constexpr int kRows = kCount == 1 ? 8 : kCount == 2 ? 8 : 4;
+    // Four calls fetch the next two columns.
+    const char* ahead = (const char*)right[__builtin_ctz(kPresent)] + ahead_bytes;
+    const auto multiply = [&]<int kCalled>(int group, int row) {
+      float (*sums[kCount])[16];
+      const int32_t* columns[kCount];
+      for (int column = 0, next = 0; column < kColumns; ++column)
+        if (kPresent >> column & 1) {
+          sums[next] = sums_[column * kGroups + group] + row;
+          columns[next++] = (const int32_t*)right[column];
+        }
+      const int32_t* const rows = (const int32_t*)((const char*)left + group * group_bytes);
+      add_pair_products<kCalled, kCount>(sums, rows + row * 16, columns, chunks, ahead);
+      ahead += chunks * 8 * 64;
+    };
+    for (int group = 0; group < kGroups; ++group) {
+      int row = 0;
+      for (; row + kRows <= rows_; row += kRows) multiply.template operator()<kRows>(group, row);
+      for (; row + 2 <= rows_; row += 2) multiply.template operator()<2>(group, row);
+      for (; row < rows_; ++row) multiply.template operator()<1>(group, row);
+    }
   }
 
  private:
   void store_row(int tile, int row, F32 sum) { SEQREC_TIER::store(sums_[tile][row], sum); }
 
   alignas(64) float sums_[4][16][16];
-  const int32_t (*operands_[4])[16];
   int rows_;
 };
 

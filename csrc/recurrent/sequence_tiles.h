@@ -116,17 +116,18 @@ class TileSums {
 
   // += the products of one kind of input for the sums kFirst … kFirst + kColumns - 1.
   template <int kGroups, int kFirst, int kPresent>
-  SEQREC_INLINE void add(TileScope& tiles, const TileImage* left, int64_t group_images, const TileImage* weights,
-                         int64_t chunks, const int (&gate_of_sum)[kSumCount]) {
+  inline __attribute__((always_inline)) void add(TileScope& tiles, const TileImage* left, int64_t group_images,
+                                                 const TileImage* weights, int64_t chunks,
+                                                 const int (&gate_of_sum)[kSumCount]) const {
     constexpr int kColumns = 4 / kGroups;
-    if constexpr (kPresent != 0)
-      for (int64_t i = 0; i < chunks * kParts; i += kParts) {
-        const TileImage* right[kColumns];
+    if constexpr (kPresent != 0) {
+      const TileImage* right[kColumns];
 #pragma GCC unroll 4
-        for (int n = 0; n < kColumns; ++n)
-          right[n] = kPresent >> n & 1 ? weights + gate_of_sum[kFirst + n] * chunks * kParts + i : nullptr;
-        TileSquare<kGroups, kColumns>::template multiply<kParts, kPresent>(tiles, left + i, group_images, right);
-      }
+      for (int n = 0; n < kColumns; ++n)
+        right[n] = kPresent >> n & 1 ? weights + gate_of_sum[kFirst + n] * chunks * kParts : nullptr;
+      TileSquare<kGroups, kColumns>::template multiply<kParts, kPresent>(tiles, left, group_images, right, chunks,
+                                                                         layout_.block_bytes());
+    }
   }
 
   template <int kGroups, int kFirst>

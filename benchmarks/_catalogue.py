@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,17 +118,22 @@ def table(rows: list[dict[str, Any]]) -> Table:
     return found
 
 
-def report(operator: str, all_cases: Sequence[CatalogueCase]) -> None:
-    """The program of an operator's benchmark."""
-    parser = argparse.ArgumentParser(description=f"{operator} beside its peers, interleaved in one process")
+def report(all_cases: Mapping[str, Sequence[CatalogueCase]]) -> None:
+    """The program of a benchmark: the cases of each operator, a table each."""
+    parser = argparse.ArgumentParser(description=f"{', '.join(all_cases)} beside the peers, interleaved in one process")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--operators", nargs="+", choices=list(all_cases), default=list(all_cases))
     parser.add_argument("--only", help="cases whose name contains this")
     parser.add_argument("--skip", help="but not those whose name contains this")
     parser.add_argument("--out", help="also write the rows to this JSON file")
     options = parser.parse_args()
-    cases = [case for case in all_cases if options.only is None or options.only in case.name]
-    cases = [case for case in cases if options.skip is None or options.skip not in case.name]
-    rows = measure(operator, cases, options.rounds)
-    Console(width=160).print(table(rows))
+    rows = []
+    for operator in options.operators:
+        cases = [case for case in all_cases[operator] if options.only is None or options.only in case.name]
+        cases = [case for case in cases if options.skip is None or options.skip not in case.name]
+        if cases:
+            found = measure(operator, cases, options.rounds)
+            Console(width=160).print(table(found))
+            rows += found
     if options.out:
         write_json(options.out, rows)

@@ -106,4 +106,4 @@ def test_catalogue_rank(benchmark: Any, case: Case, side: str) -> None:
 
 
 if __name__ == "__main__":
-    report("catalogue_rank", CASES)
+    report({"catalogue_rank": CASES})

@@ -109,4 +109,4 @@ def test_catalogue_softmax(benchmark: Any, case: Case, side: str) -> None:
 
 
 if __name__ == "__main__":
-    report("softmax over the catalogue", CASES)
+    report({"catalogue_softmax": CASES})

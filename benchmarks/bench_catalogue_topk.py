@@ -101,4 +101,4 @@ def test_catalogue_topk(benchmark: Any, case: Case, side: str) -> None:
 
 
 if __name__ == "__main__":
-    report("catalogue_topk", CASES)
+    report({"catalogue_topk": CASES})

@@ -132,7 +132,8 @@ struct TileSquare {
   // further on will be next.
   template <int kParts, int kPresent = (1 << kColumns) - 1>
   SEQREC_INLINE void multiply(TileScope& tiles, const TileImage* left, int64_t left_stride,
-                              const TileImage* const (&right)[kColumns], int64_t chunks, int64_t ahead_bytes) {
+                              const TileImage* const (&right)[kColumns], int64_t chunks,
+                              [[maybe_unused]] int64_t ahead_bytes) {
 #if defined(SEQREC_TILES_OF_DOTS)
     static_assert(kParts == 1);
     const void* from[kColumns];

@@ -231,7 +231,7 @@ def _native_rank(call: _Call) -> int:
 def _native_topk(call: _Call) -> int:
     """As for rank, and each thread the candidates of its group (32 MiB, or those of one row); csrc/catalogue/topk_*.h.
 
-    An exclusion list becomes a hash table of at most four places for each of its ids, or sixteen.
+    An exclusion list becomes a hash table of at most four places for each of its ids, or sixteen, and half a byte for each place.
     """
     kept = max(min(call.k, call.items), 1)
     # Where bytes can be multiplied many rows are scanned from codes, which leave more of the candidates undecided.
@@ -243,7 +243,7 @@ def _native_topk(call: _Call) -> int:
     scratch = padded * (4 * call.width + 96) + group * row + candidates * 16 + 2048 + _native_chunk(call)
     scratch += (1 << 15) + 64 * call.width if coded else 0  # the codes of a chunk
     scratch += 16 * call.rows * (kept // 32 + 3 * math.isqrt(kept // 32 + 1) + 4)  # the best of a sample
-    tables = call.pairs * 32 + call.rows * 136 if call.pairs else 0
+    tables = call.pairs * 34 + call.rows * 144 if call.pairs else 0
     merge = group * 40 + kept * 64
     return torch.get_num_threads() * (scratch + merge) + call.rows * 56 + tables
 

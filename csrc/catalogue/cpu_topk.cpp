@@ -41,20 +41,25 @@ class SeenSets {
     table_ = allocate(std::max<int64_t>(begin_.back(), 1) * static_cast<int64_t>(sizeof(int64_t)));
     if (!table_) throw std::bad_alloc();
     int64_t* table = static_cast<int64_t*>(table_.get());
+    filter_.assign(static_cast<size_t>(filter_words(begin_.back())), 0);
     torch::stable::parallel_for(0, num_rows, grain, [&](int64_t first, int64_t last) {
       for (int64_t row = first; row < last; ++row) {
         int64_t* set = table + begin_[static_cast<size_t>(row)];
         const int64_t places = begin_[static_cast<size_t>(row) + 1] - begin_[static_cast<size_t>(row)];
         std::fill(set, set + places, kNoId);
+        uint64_t* filter = filter_.data() + filter_words(begin_[static_cast<size_t>(row)]);
         for_each(lists, row, [&](int64_t id) {
-          if (id != kNoId) set[place_of_id(set, places, id)] = id;
+          if (id == kNoId) return;
+          set[place_of_id(set, places, id)] = id;
+          const int64_t bit = filter_bit(places, id);
+          filter[bit / 64] |= uint64_t{1} << (bit % 64);
         });
       }
     });
   }
   SeenSets(const SeenSets&) = delete;
 
-  IdSets sets() const { return {static_cast<const int64_t*>(table_.get()), begin_.data()}; }
+  IdSets sets() const { return {static_cast<const int64_t*>(table_.get()), begin_.data(), filter_.data()}; }
 
  private:
   template <class Visit>
@@ -64,6 +69,7 @@ class SeenSets {
   }
 
   std::vector<int64_t> begin_;
+  std::vector<uint64_t> filter_;
   Memory table_;
 };
 

@@ -8,8 +8,9 @@ namespace seqrec_fast {
 
 // One set of ids per row: table[begin[r]] … table[begin[r + 1] - 1], a power of two of places or none.
 struct IdSets {
-  const int64_t* table = nullptr;  // null: every set is empty
-  const int64_t* begin = nullptr;  // [B + 1]
+  const int64_t* table = nullptr;    // null: every set is empty
+  const int64_t* begin = nullptr;    // [B + 1]
+  const uint64_t* filter = nullptr;  // from filter_words(begin[r]) on
 };
 
 // A copy of the items in int8, each with its scale, the norm of its error and its own norm (packed.h).

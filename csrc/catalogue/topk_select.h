@@ -130,9 +130,12 @@ struct Candidates {
 
   SEQREC_METHOD bool is_seen(const IdSets& seen, int64_t of_row, int64_t item) const {
     if (!seen.table) return false;
-    const int64_t* table = seen.table + seen.begin[of_row];
     const int64_t places = seen.begin[of_row + 1] - seen.begin[of_row];
-    return places && table[place_of_id(table, places, item)] == item;
+    if (!places) return false;
+    const int64_t bit = filter_bit(places, item);
+    if (!(seen.filter[filter_words(seen.begin[of_row]) + bit / 64] >> (bit % 64) & 1)) return false;
+    const int64_t* table = seen.table + seen.begin[of_row];
+    return table[place_of_id(table, places, item)] == item;
   }
 
   // Seen items are looked for here, among the few that reach the bar, and never raise it.

@@ -8,7 +8,7 @@ torch has not (zoneout, recurrent dropout, layer normalisation) and the projecti
 Inference: no gradients. Training: forward, and the gradients of the parameters from that of every output.
 
 Bound: the multiply-adds of W_ih and W_hh (three times that with gradients) at the rate of a large fp32 torch.mm, measured beside
-it. In bf16 the same, since without AMX tiles the kernels multiply in fp32.
+it; in bf16 the same, although products of bf16 may be faster.
 """
 
 from __future__ import annotations

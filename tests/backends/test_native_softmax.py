@@ -115,15 +115,16 @@ def test_scores_that_move_the_shift(order: str, tier: int) -> None:
 # Numbers that are none.
 
 
-def test_what_is_excluded_may_hold_anything(tier: int) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_excluded_may_hold_anything(dtype: torch.dtype, tier: int) -> None:
     for kind in (float("nan"), float("inf"), -float("inf")):
-        clean = attention(18, 4500, 10)
-        values = numbers(4500, 6)
+        clean = attention(18, 4500, 10, dtype)
+        values = numbers(4500, 6, dtype=dtype)
         broken, broken_values = clean.keys.clone(), values.clone()
         gone = torch.tensor([0, 5, 191, 192, 2047, 2048, 4499])
         broken[gone, 3] = kind
         broken_values[gone, 1] = kind
-        dead = torch.zeros(4500).index_fill(0, gone, -torch.inf)
+        dead = torch.zeros(4500, dtype=dtype).index_fill(0, gone, -torch.inf)
         for logits in (Logits(exclude=gone), Logits(bias=dead), Logits(exclude=gone.expand(18, 7).contiguous())):
             for own in (None, values):
                 right = replace(clean, values=own, logits=logits).native()
@@ -138,8 +139,9 @@ def test_what_is_excluded_may_hold_anything(tier: int) -> None:
                 assert one.equal(other)
 
 
-def test_a_row_of_nan_spoils_itself_alone(tier: int) -> None:
-    case = attention(40, 300, 8)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_row_of_nan_spoils_itself_alone(dtype: torch.dtype, tier: int) -> None:
+    case = attention(40, 300, 8, dtype)
     context, lse, d_query, *_ = case.native()
     query = case.query.clone()
     query[17, 2] = float("nan")
@@ -150,8 +152,9 @@ def test_a_row_of_nan_spoils_itself_alone(tier: int) -> None:
     assert spoiled_query[others].equal(d_query[others])
 
 
-def test_a_row_without_items_takes_no_part_whatever_it_holds(tier: int) -> None:
-    case = cross_entropy(5, 200, 6)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_row_without_items_takes_no_part_whatever_it_holds(dtype: torch.dtype, tier: int) -> None:
+    case = cross_entropy(5, 200, 6, dtype)
     query = case.query.clone()
     query[2] = float("nan")
     target = torch.tensor([1, 2, -100, 4, 5])
@@ -161,8 +164,9 @@ def test_a_row_without_items_takes_no_part_whatever_it_holds(tier: int) -> None:
         assert one.equal(other)
 
 
-def test_items_that_are_not_finite_are_seen(tier: int) -> None:
-    case = attention(9, 2500, 5)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_items_that_are_not_finite_are_seen(dtype: torch.dtype, tier: int) -> None:
+    case = attention(9, 2500, 5, dtype)
     case.keys[2100, 1] = float("nan")
     context, lse, *_ = case.native()
     assert context.isnan().all() and lse.isnan().all()
@@ -177,8 +181,10 @@ def test_items_that_are_not_finite_are_seen(tier: int) -> None:
 # Bits.
 
 
-def test_neither_threads_nor_other_rows_change_a_bit(tier: int) -> None:
-    for case in (attention(70, 20000, 16), replace(attention(70, 20000, 16), values=numbers(20000, 7))):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_neither_threads_nor_other_rows_change_a_bit(dtype: torch.dtype, tier: int) -> None:
+    plain = attention(70, 20000, 16, dtype)
+    for case in (plain, replace(plain, values=numbers(20000, 7, dtype=dtype))):
         torch.set_num_threads(1)
         one = case.native()
         for threads in (2, 3, 7):
@@ -189,7 +195,7 @@ def test_neither_threads_nor_other_rows_change_a_bit(tier: int) -> None:
             alone = replace(case, query=case.query[rows].clone())
             context, lse, *_ = alone.native()
             assert context.equal(one[0][rows]) and lse.equal(one[1][rows])
-    loss = cross_entropy(70, 20000, 16)
+    loss = cross_entropy(70, 20000, 16, dtype)
     torch.set_num_threads(1)
     one = replace(loss, skip_mass=0.5).native()
     torch.set_num_threads(2)
@@ -197,8 +203,9 @@ def test_neither_threads_nor_other_rows_change_a_bit(tier: int) -> None:
         assert first.equal(second)
 
 
-def test_the_query_gradient_of_a_row_alone(tier: int) -> None:
-    case = attention(70, 20000, 16)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_query_gradient_of_a_row_alone(dtype: torch.dtype, tier: int) -> None:
+    case = attention(70, 20000, 16, dtype)
     incoming = (*case.seeds(), *case.native()[:2])
 
     def gradient(rows: slice) -> Tensor:
@@ -228,8 +235,11 @@ def test_flushed_denormals(tier: int) -> None:
 # Layout.
 
 
-def test_strides(tier: int) -> None:
-    case = replace(attention(20, 300, 8), values=numbers(300, 6), heads=2, logits=options(20, 300, torch.float32))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_strides(dtype: torch.dtype, tier: int) -> None:
+    case = replace(
+        attention(20, 300, 8, dtype), values=numbers(300, 6, dtype=dtype), heads=2, logits=options(20, 300, dtype)
+    )
     right = case.native()
 
     def apart(tensor: Tensor) -> Tensor:

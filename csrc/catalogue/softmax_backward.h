@@ -316,7 +316,6 @@ SEQREC_INLINE void put_by_row(void* to, int64_t width, int64_t row, int64_t k, f
 #if defined(SEQREC_PAIRS)
     uint16_t* pair = static_cast<uint16_t*>(to) + (row / 2 * width + k) * 2;
     pair[row % 2] = bf16_bits(x);
-    if (row % 2 == 0) pair[1] = 0;  // until the next row comes
 #endif
   } else {
     static_cast<float*>(to)[row * width + k] = x;
@@ -334,6 +333,9 @@ void prepare_rows(const SoftmaxCall& call, const SoftmaxGradient& gradient, int6
     Number<T>* panel = static_cast<Number<T>*>(to);
     const int64_t numbers = numbers_in<T>(width);
     for (int64_t k = begin * numbers; k < padded * numbers; ++k) panel[k] = Number<T>{};
+    // An odd row has no other half.
+    if (kPaired<T> && end % 2)
+      for (int64_t k = 0; k < width; ++k) static_cast<Number<T>*>(by_row)[end / 2 * width + k] = Number<T>{};
     for (int64_t r = begin; r < end; ++r) {
       const Element* source = row_of<Element>(from, r);
       const double factor = scaled ? factor_of(call, r) : 1.0;

@@ -164,6 +164,22 @@ def test_a_row_without_items_takes_no_part_whatever_it_holds(dtype: torch.dtype,
         assert one.equal(other)
 
 
+@pytest.mark.parametrize("row", [0, 16, 17, 38])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_row_of_nan_without_items_leaves_its_neighbours(row: int, dtype: torch.dtype, tier: int) -> None:
+    """Item gradients hold every other row, whether the row before or behind it is cleared for the products."""
+    case = attention(39, 300, 8, dtype)
+    gone = torch.full((39, 300), -1)
+    gone[row] = torch.arange(300)
+    right = replace(case, logits=Logits(exclude=gone)).native()
+    query = case.query.clone()
+    query[row, 2] = float("nan")
+    found = replace(case, query=query, logits=Logits(exclude=gone)).native()
+    assert right[3].isfinite().all()
+    for one, other in zip(found, right, strict=True):
+        assert one.equal(other)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_items_that_are_not_finite_are_seen(dtype: torch.dtype, tier: int) -> None:
     case = attention(9, 2500, 5, dtype)

@@ -166,7 +166,9 @@ SEQREC_INLINE const Number<T>* by_lanes(const float* from, int64_t stride, int64
     };
     for (int64_t lane = 0; lane < count; lane += 2 * kLanes) {
       F32 first = broadcast(1.0f), second = first;
-      if (factors) first = lanes_at(factors, lane), second = lanes_at(factors, lane + kLanes);
+      // A factor that is not finite makes its row special: what it adds is added apart.
+      const auto finite = [](F32 x) { return select(abs(x) < __builtin_inff(), x, F32{}); };
+      if (factors) first = finite(lanes_at(factors, lane)), second = finite(lanes_at(factors, lane + kLanes));
       for (int64_t i = 0; i < items; ++i) {
         const float* numbers = from + i * stride;
         store_rounded(to + i * (stride / 2) + lane / 2, lanes_at(numbers, lane) * first,

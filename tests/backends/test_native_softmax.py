@@ -178,6 +178,12 @@ def test_a_row_of_nan_without_items_leaves_its_neighbours(row: int, dtype: torch
     assert right[3].isfinite().all()
     for one, other in zip(found, right, strict=True):
         assert one.equal(other)
+    for kind in (float("nan"), float("inf")):
+        row_scale = torch.ones(39, dtype=dtype)
+        scaled = replace(case, logits=Logits(exclude=gone, row_scale=row_scale))
+        right_items = scaled.native()[3]
+        row_scale[row] = kind
+        assert scaled.native()[3].equal(right_items)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -136,7 +136,7 @@ NATIVE_ONLY = {
     " -> (Tensor ditems, Tensor dbias, Tensor skipped)",
     # memory that the two, or with `attention` catalogue_attention and its backward, take beside arguments and results
     "catalogue_softmax_bytes": "(int num_rows, int num_items, int width, int value_width, bool own_values, bool attention,"
-    " bool backward, int threads) -> int",
+    " bool backward, bool bf16, int threads) -> int",
 }
 
 

@@ -209,7 +209,10 @@ def _native_softmax(call: _Call) -> int:
     """csrc/catalogue/cpu_softmax.cpp, and the vectors by row around it."""
     attention = call.operator == "catalogue_attention"
     sizes = (call.rows, call.items, call.width, call.value_width, call.own_values, attention, call.gradient)
-    kernels = int(torch.ops.seqrec_fast_native.catalogue_softmax_bytes.default(*sizes, torch.get_num_threads()))
+    threads = torch.get_num_threads()
+    kernels = int(
+        torch.ops.seqrec_fast_native.catalogue_softmax_bytes.default(*sizes, call.dtype == torch.bfloat16, threads)
+    )
     widths = (call.width + call.value_width) * call.heads
     by_row = call.rows * (4 * widths + 24) * 4
     lists = 16 * call.pairs + 48 * call.targets  # sorted; targets with weights and scores

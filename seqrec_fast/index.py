@@ -40,8 +40,8 @@ class CatalogueIndex:
         first_pass: what ``topk`` scans with before it decides exactly; a hint, and answers do not depend on it. "int8" keeps a
             second copy of the items, d bytes each (rounded up to 32) and 12 more, and reads that: a quarter of fp32's bytes, and
             more products an instruction. Each row's error of rounding is bounded, and what is within the bound is decided in
-            fp64. "fp32": no copy. "bf16": as "fp32", since products of int8 are faster wherever there are some of bf16. "auto": int8
-            where that is faster, from a width of 32 on. The copy is made and used on the CPU, for float16, bfloat16 and float32 of a
+            fp64. "fp32": no copy; where int8 is multiplied faster, codes are made on the way. "bf16": as "fp32", since products of
+            int8 are faster wherever there are some of bf16. "auto": int8 where that is faster, from a width of 32 on. The copy is made and used on the CPU, for float16, bfloat16 and float32 of a
             width up to 16384, by the native backend, where no gradient is wanted and nothing traces or transforms the call; other
             calls scan the items. It does little for items with a few elements far larger than the rest: their codes are coarse,
             and many candidates are decided in fp64.

@@ -83,8 +83,9 @@ std::tuple<Tensor, Tensor, Tensor> catalogue_softmax_backward(
 // What the softmax of these sizes takes beside its arguments, results and lists, in bytes: the forward's, or with
 // `backward` the larger of both.
 int64_t catalogue_softmax_bytes(int64_t num_rows, int64_t num_items, int64_t width, int64_t value_width,
-                                bool own_values, bool attention, bool backward, int64_t threads) {
+                                bool own_values, bool attention, bool backward, bool bf16, int64_t threads) {
   SoftmaxCall call;
+  call.format = bf16 ? Format::kBF16 : Format::kF32;
   call.num_rows = num_rows, call.num_items = num_items, call.width = width;
   call.value_width = value_width, call.own_values = own_values;
   const int64_t forward = ForwardCut(call, true, threads).bytes();

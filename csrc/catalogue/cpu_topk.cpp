@@ -96,7 +96,10 @@ class Results {
   const Bar* bars() const { return bars_.data(); }
   void set_bars(const Bar* bars) { std::copy_n(bars, bars_.size(), bars_.data()); }
 
-  bool is_full(int64_t row) const { return ids_[row * k_ + kept_ - 1] >= 0; }
+  // Whether a bar that it was set to has kept items out: without one a row may have fewer to find.
+  bool fell_short(int64_t row) const {
+    return ids_[row * k_ + kept_ - 1] < 0 && bars_[static_cast<size_t>(row)].least > Bar{}.least;
+  }
   // Forgets what was found for a row.
   void restart(int64_t row) {
     std::fill_n(values_ + row * k_, kept_, -std::numeric_limits<Score>::infinity());
@@ -209,7 +212,7 @@ void find(const TopkCall& call, int64_t k, Tensor& values, Tensor& ids) {
   if (!guessed) return;
   std::vector<Rows> again;
   for (int64_t row = 0; row < call.num_rows; ++row)
-    if (!results.is_full(row)) again.push_back({row, 1});
+    if (results.fell_short(row)) again.push_back({row, 1});
   if (again.empty()) return;
   // A group takes about as long as a few of its rows.
   const bool all = static_cast<int64_t>(again.size()) > std::min<int64_t>(call.num_rows / 4, 16);

@@ -177,25 +177,18 @@ SEQREC_INLINE I32 widened(const int8_t* codes) {
 // The product of bytes takes one factor without a sign: items have 128 added to their codes, by exchanging the top bit.
 constexpr int64_t kByteOffset = kTileCodes == 4 ? 128 : 0;
 
-// sum + the products of kTileCodes codes of an item with those of a row in each lane.
-SEQREC_INLINE I32 add_code_products(I32 sum, I32 item, I32 rows) {
+// Of kTileCodes codes.
+struct CodeDot {
+  using Number = int32_t;
+  using Sum = I32;
+  SEQREC_INLINE Sum add(Sum sum, I32 query, I32 item) {
 #if defined(__AVX512VNNI__)
-  return (I32)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)item, (__m512i)rows);
+    return (I32)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)item, (__m512i)query);
 #else
-  return add_pair_products(sum, item, rows);
+    return add_pair_products(sum, item, query);
 #endif
-}
-
-template <int Vectors>
-SEQREC_INLINE void add_codes(const int32_t* queries, const int32_t* items, int64_t stride, int64_t at,
-                             I32 (&sum)[kTile][Vectors]) {
-  I32 query[Vectors];
-  unrolled<Vectors>([&]<int u>() SEQREC_INLINED { query[u] = load(queries + (at * Vectors + u) * kLanes); });
-  unrolled<kTile>([&]<int i>() SEQREC_INLINED {
-    const I32 codes = broadcast(items[i * stride + at]);
-    unrolled<Vectors>([&]<int u>() SEQREC_INLINED { sum[i][u] = add_code_products(sum[i][u], codes, query[u]); });
-  });
-}
+  }
+};
 
 // The rows of a block as a tile of codes meets them.
 struct PackedRows {
@@ -210,22 +203,12 @@ SEQREC_INLINE void score_packed_tile(const PackedRows& rows, int64_t products, c
                                      const float* scale, const float* start, const Ahead& ahead,
                                      F32 (&score)[kTile][Vectors]) {
   I32 sum[kTile][Vectors];
-  unrolled<Vectors>([&]<int u>() SEQREC_INLINED {
-    const I32 offset = kByteOffset ? load(rows.offsets + u * kLanes) : I32{};
-    unrolled<kTile>([&]<int i>() SEQREC_INLINED { sum[i][u] = offset; });
-  });
-  int64_t at = 0;
-  const char* next = ahead.address;
-  for (; at + kTurn <= products; at += kTurn, next += ahead.step) {
-    for (int64_t line = 0; line < ahead.step; line += 64) __builtin_prefetch(next + line, 0, 2);
-    unrolled<kTurn>([&]<int j>() SEQREC_INLINED { add_codes<Vectors>(rows.codes, items, stride, at + j, sum); });
-  }
-  for (; at < products; ++at) add_codes<Vectors>(rows.codes, items, stride, at, sum);
-  unrolled<kTile>([&]<int i>() SEQREC_INLINED {
-    unrolled<Vectors>([&]<int u>() SEQREC_INLINED {
-      const F32 scaled = __builtin_convertvector(sum[i][u], F32) * load(rows.scale + u * kLanes);
-      score[i][u] = fma(scaled, broadcast(scale[i]), broadcast(start[i]));
-    });
+  each_of_tile<Vectors>([&]<int i, int u>()
+                            SEQREC_INLINED { sum[i][u] = kByteOffset ? load(rows.offsets + u * kLanes) : I32{}; });
+  add_tile<CodeDot>(rows.codes, products, items, stride, ahead, sum);
+  each_of_tile<Vectors>([&]<int i, int u>() SEQREC_INLINED {
+    const F32 scaled = __builtin_convertvector(sum[i][u], F32) * load(rows.scale + u * kLanes);
+    score[i][u] = fma(scaled, broadcast(scale[i]), broadcast(start[i]));
   });
 }
 

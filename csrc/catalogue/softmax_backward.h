@@ -296,13 +296,11 @@ template <class T>
 SEQREC_INLINE float product_as_scored(const float* g, const float* c, int64_t width) {
   F32 sum{};
   if constexpr (kPaired<T>) {
-#if defined(SEQREC_PAIRS)
     const auto pair_at = [&](const float* x, int64_t k) {
-      return BF16Pair{bf16_bits(x[k]) | (k + 1 < width ? uint32_t{bf16_bits(x[k + 1])} << 16 : 0u)};
+      return Number<T>{bf16_bits(x[k]) | (k + 1 < width ? uint32_t{bf16_bits(x[k + 1])} << 16 : 0u)};
     };
     for (int64_t k = 0; k < width; k += 2)
-      sum = multiply_add<BF16Pair>(broadcast(pair_at(c, k)), broadcast(pair_at(g, k)), sum);
-#endif
+      sum = multiply_add<Number<T>>(broadcast(pair_at(c, k)), broadcast(pair_at(g, k)), sum);
   } else {
     for (int64_t k = 0; k < width; ++k) sum = fma(broadcast(g[k]), broadcast(c[k]), sum);
   }
@@ -313,10 +311,8 @@ SEQREC_INLINE float product_as_scored(const float* g, const float* c, int64_t wi
 template <class T>
 SEQREC_INLINE void put_by_row(void* to, int64_t width, int64_t row, int64_t k, float x) {
   if constexpr (kPaired<T>) {
-#if defined(SEQREC_PAIRS)
     uint16_t* pair = static_cast<uint16_t*>(to) + (row / 2 * width + k) * 2;
     pair[row % 2] = bf16_bits(x);
-#endif
   } else {
     static_cast<float*>(to)[row * width + k] = x;
   }

@@ -1,4 +1,4 @@
-// A chunk of items on its way through the softmax kernels: vectors as contiguous fp32, scores of a block of rows, and
+// A chunk of items on its way through the softmax kernels: vectors as fp32 or pairs, scores of a block of rows, and
 // the pairs among them that are excluded or kept.
 #pragma once
 
@@ -129,12 +129,11 @@ struct ChunkVectors {
 
   // Makes `data`, once clear_special had its chance.
   void interleave() {
-#if defined(SEQREC_PAIRS)
     if constexpr (kPaired<T>) {
       for (int64_t i = 0; i < count; i += 2) {
         const BF16* low = reinterpret_cast<const BF16*>(rows + i * row_stride);
         const BF16* high = i + 1 < count ? reinterpret_cast<const BF16*>(rows + (i + 1) * row_stride) : nullptr;
-        BF16Pair* to = interleaved_ + i / 2 * width;
+        Number<T>* to = interleaved_ + i / 2 * width;
         int64_t k = 0;
         for (; k + kLanes <= width; k += kLanes)
           store_pairs(to + k, load_bits(low + k), high ? load_bits(high + k) : U16{});
@@ -142,7 +141,6 @@ struct ChunkVectors {
       }
       data = interleaved_;
     }
-#endif
   }
 
   float special_value(int64_t s, int64_t k) const {

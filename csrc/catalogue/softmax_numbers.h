@@ -59,9 +59,8 @@ template <class T, class Source>
 SEQREC_INLINE void pack_numbers(Number<T>* panel, int64_t width, int64_t rows, int64_t slot, const Source* query,
                                 int64_t stride, double scale) {
   if constexpr (kPaired<T>) {
-#if defined(SEQREC_PAIRS)
     const int64_t block = slot / kBlock, lanes = rows - block * kBlock <= kLanes ? kLanes : kBlock;
-    BF16Pair* to = panel + block * kBlock * pairs_in(width) + slot % kBlock;
+    Number<T>* to = panel + block * kBlock * pairs_in(width) + slot % kBlock;
     auto bits = [&](int64_t k) -> uint32_t {
       if (k >= width) return 0;
       if constexpr (__is_same(Source, BF16))
@@ -70,23 +69,17 @@ SEQREC_INLINE void pack_numbers(Number<T>* panel, int64_t width, int64_t rows, i
         return bf16_bits(query[k * stride]);
     };
     for (int64_t k = 0; k < width; k += 2) to[k / 2 * lanes].bits = bits(k) | bits(k + 1) << 16;
-#endif
   } else {
     pack_row(Panel{panel, width, rows}, slot, query, stride, scale);
   }
 }
 
 #if defined(SEQREC_PAIRS)
-template <int Vectors>
-SEQREC_INLINE void add_pair_products(const BF16Pair* queries, const BF16Pair* items, int64_t stride, int64_t at,
-                                     F32 (&sum)[kTile][Vectors]) {
-  F32 query[Vectors];
-  unrolled<Vectors>([&]<int u>() SEQREC_INLINED { query[u] = load(queries + (at * Vectors + u) * kLanes); });
-  unrolled<kTile>([&]<int i>() SEQREC_INLINED {
-    const F32 weight = broadcast(items[i * stride + at]);
-    unrolled<Vectors>([&]<int u>() SEQREC_INLINED { sum[i][u] = multiply_add<BF16Pair>(weight, query[u], sum[i][u]); });
-  });
-}
+struct PairDot {
+  using Number = BF16Pair;
+  using Sum = F32;
+  SEQREC_INLINE Sum add(Sum sum, F32 query, F32 item) { return multiply_add<BF16Pair>(item, query, sum); }
+};
 
 // As score_tile, and scaled by the rows' factors.
 template <int Vectors>
@@ -94,18 +87,10 @@ SEQREC_INLINE void score_pair_tile(const BF16Pair* queries, int64_t pairs, const
                                    const float* start, const float* factors, const Ahead& ahead,
                                    F32 (&score)[kTile][Vectors]) {
   F32 sum[kTile][Vectors];
-  unrolled<kTile>([&]<int i>()
-                      SEQREC_INLINED { unrolled<Vectors>([&]<int u>() SEQREC_INLINED { sum[i][u] = F32{}; }); });
-  int64_t at = 0;
-  const char* next = ahead.address;
-  for (; at + kTurn <= pairs; at += kTurn, next += ahead.step) {
-    for (int64_t line = 0; line < ahead.step; line += 64) __builtin_prefetch(next + line, 0, 2);
-    unrolled<kTurn>([&]<int j>() SEQREC_INLINED { add_pair_products<Vectors>(queries, items, stride, at + j, sum); });
-  }
-  for (; at < pairs; ++at) add_pair_products<Vectors>(queries, items, stride, at, sum);
-  unrolled<kTile>([&]<int i>() SEQREC_INLINED {
-    const F32 first = broadcast(start[i]);
-    unrolled<Vectors>([&]<int u>() SEQREC_INLINED { score[i][u] = fma(sum[i][u], load(factors + u * kLanes), first); });
+  each_of_tile<Vectors>([&]<int i, int u>() SEQREC_INLINED { sum[i][u] = F32{}; });
+  add_tile<PairDot>(queries, pairs, items, stride, ahead, sum);
+  each_of_tile<Vectors>([&]<int i, int u>() SEQREC_INLINED {
+    score[i][u] = fma(sum[i][u], load(factors + u * kLanes), broadcast(start[i]));
   });
 }
 #endif
@@ -140,13 +125,11 @@ template <class T>
 SEQREC_INLINE const Number<T>* by_items(const float* from, int64_t stride, int64_t items, int64_t lanes,
                                         Number<T>* to) {
   if constexpr (kPaired<T>) {
-#if defined(SEQREC_PAIRS)
     for (int64_t i = 0; i < items; i += 2)
       for (int64_t lane = 0; lane < lanes; lane += kLanes) {
         const F32 second = i + 1 < items ? load(from + (i + 1) * stride + lane) : F32{};
         store_pairs(to + i / 2 * lanes + lane, load(from + i * stride + lane), second);
       }
-#endif
     return to;
   } else {
     return from;
@@ -159,7 +142,6 @@ template <class T>
 SEQREC_INLINE const Number<T>* by_lanes(const float* from, int64_t stride, int64_t items, int64_t count,
                                         const float* factors, Number<T>* to) {
   if constexpr (kPaired<T>) {
-#if defined(SEQREC_PAIRS)
     const auto lanes_at = [&](const float* numbers, int64_t lane) {
       if (lane + kLanes <= count) return load(numbers + lane);
       return lane < count ? load_first(numbers + lane, static_cast<int>(count - lane)) : F32{};
@@ -175,7 +157,6 @@ SEQREC_INLINE const Number<T>* by_lanes(const float* from, int64_t stride, int64
                       lanes_at(numbers, lane + kLanes) * second);
       }
     }
-#endif
     return to;
   } else {
     return from;

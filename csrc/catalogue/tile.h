@@ -140,37 +140,56 @@ SEQREC_INLINE void unrolled(const Body& body) {
   }
 }
 
-template <int Vectors>
-SEQREC_INLINE void add_products(const float* queries, const float* items, int64_t stride, int64_t k,
-                                F32 (&sum)[kTile][Vectors]) {
-  F32 query[Vectors];
+// What a tile is summed from. Number: of a query or an item, one or several elements along the width; Sum: a register
+// of sums; add(sum, query, item): one more product.
+struct FloatDot {
+  using Number = float;
+  using Sum = F32;
+  SEQREC_INLINE Sum add(Sum sum, F32 query, F32 item) { return add_product(sum, query, item); }
+};
+
+template <class Dot, int Vectors>
+SEQREC_INLINE void add_products(const typename Dot::Number* queries, const typename Dot::Number* items, int64_t stride,
+                                int64_t k, typename Dot::Sum (&sum)[kTile][Vectors]) {
+  decltype(load(queries)) query[Vectors];
   unrolled<Vectors>([&]<int u>() SEQREC_INLINED { query[u] = load(queries + (k * Vectors + u) * kLanes); });
   unrolled<kTile>([&]<int i>() SEQREC_INLINED {
-    const F32 weight = broadcast(items[i * stride + k]);
-    unrolled<Vectors>([&]<int u>() SEQREC_INLINED { sum[i][u] = add_product(sum[i][u], query[u], weight); });
+    const auto item = broadcast(items[i * stride + k]);
+    unrolled<Vectors>([&]<int u>() SEQREC_INLINED { sum[i][u] = Dot::add(sum[i][u], query[u], item); });
   });
 }
 
-// score[i][u] = start[i] + Σₖ items[i][k] · queries[k][u], k ascending, one rounding a step where the tier has FMA.
-template <int Vectors>
-SEQREC_INLINE void score_tile(const float* queries, int64_t width, const float* items, int64_t stride,
-                              const float* start, const Ahead& ahead, F32 (&score)[kTile][Vectors]) {
-  F32 sum[kTile][Vectors];  // apart from `score`, which the caller may reach in other ways
-  unrolled<kTile>([&]<int i>() SEQREC_INLINED {
-    const F32 first = broadcast(start[i]);
-    unrolled<Vectors>([&]<int u>() SEQREC_INLINED { sum[i][u] = first; });
-  });
+// sum[i][u] += Σₖ items[i][k] · queries[k][u] over `count` numbers, k ascending.
+template <class Dot, int Vectors>
+SEQREC_INLINE void add_tile(const typename Dot::Number* queries, int64_t count, const typename Dot::Number* items,
+                            int64_t stride, const Ahead& ahead, typename Dot::Sum (&sum)[kTile][Vectors]) {
   // Several steps a turn: with 16 turns at d = 64 the end of the loop is predicted, which is worth 4 % of a tile's
   // time.
   int64_t k = 0;
   const char* next = ahead.address;
-  for (; k + kTurn <= width; k += kTurn, next += ahead.step) {
+  for (; k + kTurn <= count; k += kTurn, next += ahead.step) {
     for (int64_t line = 0; line < ahead.step; line += 64) __builtin_prefetch(next + line, 0, 2);
-    unrolled<kTurn>([&]<int j>() SEQREC_INLINED { add_products<Vectors>(queries, items, stride, k + j, sum); });
+    unrolled<kTurn>([&]<int j>() SEQREC_INLINED { add_products<Dot, Vectors>(queries, items, stride, k + j, sum); });
   }
-  for (; k < width; ++k) add_products<Vectors>(queries, items, stride, k, sum);
-  unrolled<kTile>([&]<int i>()
-                      SEQREC_INLINED { unrolled<Vectors>([&]<int u>() SEQREC_INLINED { score[i][u] = sum[i][u]; }); });
+  for (; k < count; ++k) add_products<Dot, Vectors>(queries, items, stride, k, sum);
+}
+
+// Calls body.operator()<i, u>() for every register of a tile.
+template <int Vectors, class Body>
+SEQREC_INLINE void each_of_tile(const Body& body) {
+  unrolled<kTile>([&]<int i>() SEQREC_INLINED {
+    unrolled<Vectors>([&]<int u>() SEQREC_INLINED { body.template operator()<i, u>(); });
+  });
+}
+
+// score[i][u] = start[i] + Σₖ items[i][k] · queries[k][u], one rounding a step where the tier has FMA.
+template <int Vectors>
+SEQREC_INLINE void score_tile(const float* queries, int64_t width, const float* items, int64_t stride,
+                              const float* start, const Ahead& ahead, F32 (&score)[kTile][Vectors]) {
+  F32 sum[kTile][Vectors];  // apart from `score`, which the caller may reach in other ways
+  each_of_tile<Vectors>([&]<int i, int u>() SEQREC_INLINED { sum[i][u] = broadcast(start[i]); });
+  add_tile<FloatDot>(queries, width, items, stride, ahead, sum);
+  each_of_tile<Vectors>([&]<int i, int u>() SEQREC_INLINED { score[i][u] = sum[i][u]; });
 }
 
 }  // namespace seqrec_fast::SEQREC_TIER

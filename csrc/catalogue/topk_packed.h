@@ -15,11 +15,11 @@ struct PackedScan {
   int32_t* offsets;  // [group] what makes up for kByteOffset
   float* scale;      // [group]
   float* coarse;     // [group] times an item's error; what belongs to its norm is Candidates::slope
-  // Of the chunk.
-  int32_t* codes;     // [chunk][stride / kTileCodes] for tiles
-  float* item_scale;  // [chunk + kLanes]
-  float* error;       // [chunk + kLanes]
-  float* norm;        // [chunk + kLanes]
+  // Of the chunk, rounded up to whole registers, and a tile or a register more.
+  int32_t* codes;  // rows of stride / kTileCodes, for tiles
+  float* item_scale;
+  float* error;
+  float* norm;
   float* tile_error;  // [chunk / kTile] the largest of each tile
 
   // Nothing where the call is scanned in fp32.

@@ -122,8 +122,8 @@ SEQREC_INLINE Vector<T> multiply_add(Vector<T> a, Vector<T> b, Vector<T> sum) {
 // ---- Product
 // ----------------------------------------------------------------------------------------------------------
 
-// A sum over k is cut into chains of this length, added in order: rounding errors grow with the chain, not with the
-// batch.
+// A sum over k is cut into chains of this length (of pairs, where operands are pairs), added in order: rounding errors
+// grow with the chain, not with the batch.
 constexpr int64_t kChain = 256;
 
 template <class T, class Out = T>

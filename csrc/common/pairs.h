@@ -20,6 +20,8 @@ struct BF16Pair {
 
 SEQREC_INLINE int64_t pairs_in(int64_t count) { return (count + 1) / 2; }
 
+SEQREC_INLINE uint16_t bf16_bits(float x) { return narrow_bf16(broadcast(x))[0]; }
+
 #if defined(SEQREC_PAIRS)
 template <>
 struct Compute<BF16Pair> {
@@ -57,11 +59,6 @@ SEQREC_INLINE void store_pairs(BF16Pair* to, U16 low, U16 high) {
   store(reinterpret_cast<int32_t*>(to), (I32)both);
 }
 
-SEQREC_INLINE uint16_t bf16_bits(float x) {
-  BF16 stored[kLanes];
-  store(stored, broadcast(x));
-  return stored[0].bits;
-}
 #endif
 
 }  // namespace seqrec_fast::SEQREC_TIER

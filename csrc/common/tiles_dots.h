@@ -9,9 +9,9 @@ namespace seqrec_fast::SEQREC_TIER {
 // sums[column][row] += left[row] · right[column] for kRows × kColumns registers, over `chunks` images of 16 pairs each.
 // Meanwhile a line at `ahead` is asked for every other step.
 template <int kRows, int kColumns>
-__attribute__((noinline)) static void add_pair_products(float (*const (&sums)[kColumns])[16], const int32_t* left,
-                                                        const int32_t* const (&right)[kColumns], int64_t chunks,
-                                                        const char* ahead) {
+__attribute__((noinline)) static void multiply_rows(float (*const (&sums)[kColumns])[16], const int32_t* left,
+                                                    const int32_t* const (&right)[kColumns], int64_t chunks,
+                                                    const char* ahead) {
   F32 total[kRows][kColumns];
 #pragma GCC unroll 8
   for (int row = 0; row < kRows; ++row)
@@ -81,7 +81,7 @@ class TileScope {
           columns[next++] = (const int32_t*)right[column];
         }
       const int32_t* const rows = (const int32_t*)((const char*)left + group * group_bytes);
-      add_pair_products<kCalled, kCount>(sums, rows + row * 16, columns, chunks, ahead);
+      multiply_rows<kCalled, kCount>(sums, rows + row * 16, columns, chunks, ahead);
       ahead += chunks * 8 * 64;
     };
     for (int group = 0; group < kGroups; ++group) {

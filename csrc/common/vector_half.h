@@ -1,4 +1,5 @@
-// bf16 and fp16 as memory formats: read into F32, rounded to nearest even when written. Arithmetic is always fp32.
+// bf16 and fp16 as memory formats: read into F32, rounded to nearest even when written. Arithmetic is fp32, but for
+// products of pairs (pairs.h).
 #pragma once
 
 #include "vector.h"

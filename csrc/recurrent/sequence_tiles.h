@@ -1,5 +1,5 @@
-// The sums and products of a recurrent layer on matrix tiles (AMX): the same as LaneSums and LaneProducts, from bf16
-// parts of the numbers (see tile_operands.h).
+// The sums and products of a recurrent layer on matrix tiles (AMX, or what stands in for it): the same as LaneSums and
+// LaneProducts, from bf16 parts of the numbers (see tile_operands.h).
 //
 // A step of up to 32 rows: their x and h become left operands in L1; then the weights of one block of 16 units after
 // the other stream by. A pass has four accumulators: two groups of 16 rows × two gates, or one group × four. The sums

